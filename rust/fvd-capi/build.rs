@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Gives the cdylib its SONAME. The installed library, with symbol versions, is linked by meson
+//! from the staticlib: a second version script breaks or is ignored here, depending on the linker.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libfvd.so.0");
+}

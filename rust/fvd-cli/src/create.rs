@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! `fvd create`.
+
+use crate::progress::Printer;
+use crate::size::{human, parse};
+use crate::{Failure, Outcome, host_options};
+use clap::{Args, ValueEnum};
+use fvd_engine::{CreateParams, Preallocation};
+use fvd_format::limits::SECTOR;
+use fvd_host::{Options, disk::Disk};
+use std::path::PathBuf;
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum Preallocate {
+    /// Nothing but the length
+    #[default]
+    Off,
+    /// As off: a flat image has no data metadata to allocate
+    Metadata,
+    /// Allocated, without writing where the file system can
+    Falloc,
+    /// Written with zeroes
+    Full,
+}
+
+#[derive(Args)]
+pub struct Create {
+    /// The image to make
+    file: PathBuf,
+    /// Size of the disk: bytes, or with K, M, G, T, P, E; without it, the size of the base
+    #[arg(value_parser = parse)]
+    size: Option<u64>,
+    /// Base image whose content the disk starts with; a relative path counts from FILE's directory
+    #[arg(short, long, value_name = "BASE", requires = "backing_format")]
+    backing: Option<String>,
+    /// Format of the base: raw or fvd. Mandatory with a base; it is never guessed
+    #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
+    backing_format: Option<String>,
+    /// Only record the name of the base, which may be missing or of a format QEMU alone knows; needs SIZE
+    #[arg(short = 'u', long, requires = "backing", requires = "size")]
+    unsafe_backing: bool,
+    /// Copy-on-write unit: a power of two from 4K to 2M [default: by the length of the base]
+    #[arg(long, value_name = "SIZE", value_parser = parse)]
+    block_size: Option<u64>,
+    /// Journal: 1M to 256M, a multiple of 8K [default: 16M]
+    #[arg(long, value_name = "SIZE", value_parser = parse)]
+    journal_size: Option<u64>,
+    /// Look for zeroes in the base, in runs of this many bytes or more (on: one block), so that they are never read from it
+    #[arg(long, value_name = "on|off|SIZE", value_parser = parse_hole)]
+    detect_sparse_hole: Option<u64>,
+    /// How much of the disk's space is allocated now
+    #[arg(long, value_enum, default_value_t)]
+    preallocation: Preallocate,
+    /// Past the page cache (O_DIRECT)
+    #[arg(long)]
+    direct: bool,
+    /// Show progress even if standard error is no terminal
+    #[arg(long)]
+    progress: bool,
+    /// Print nothing on success
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+fn parse_hole(text: &str) -> Result<u64, String> {
+    match text {
+        "on" => Ok(1),
+        "off" => Ok(0),
+        size => parse(size).map_err(|error| format!("{error}, on or off")),
+    }
+}
+
+pub fn run(args: &Create) -> Outcome {
+    if let Some(size) = args.size
+        && size % SECTOR != 0
+    {
+        let near = size.saturating_add(SECTOR - 1) / SECTOR * SECTOR;
+        return Err(Failure::new(format!("size {size} is no multiple of {SECTOR}: use {near}")));
+    }
+    if args.size.is_none() && args.backing.is_none() {
+        return Err(Failure::new(format!("'{}': a size is needed, as there is no base to take it from", args.file.display())));
+    }
+    let block_size = args.block_size.unwrap_or(0);
+    let params = CreateParams {
+        virtual_size: args.size,
+        block_size: u32::try_from(block_size).map_err(|_| Failure::new(format!("block size {block_size} is larger than 2M")))?,
+        journal_size: args.journal_size.unwrap_or(0),
+        base_name: args.backing.clone().unwrap_or_default(),
+        base_format: args.backing_format.clone().unwrap_or_default(),
+        detect_sparse_hole: args.detect_sparse_hole.unwrap_or(0),
+        preallocation: match args.preallocation {
+            Preallocate::Off => Preallocation::Off,
+            Preallocate::Metadata => Preallocation::Metadata,
+            Preallocate::Falloc => Preallocation::Falloc,
+            Preallocate::Full => Preallocation::Full,
+        },
+    };
+    let options = Options { direct: args.direct, ..host_options() };
+    let mut printer = Printer::stderr(format!("creating '{}'", args.file.display()), args.progress);
+    let made = Disk::create(&args.file, &params, !args.unsafe_backing, &options, &mut |progress| printer.tick(progress));
+    printer.finish();
+    made.map_err(|error| Failure::about(&args.file, &error))?;
+    if !args.quiet {
+        let (info, _) = Disk::inspect(&args.file, &host_options()).map_err(|error| Failure::about(&args.file, &error))?;
+        let mut text = format!("created '{}': {}", args.file.display(), human(info.header.virtual_size));
+        if info.header.block_size != 0 {
+            text += &format!(" over {} base '{}', in blocks of {}", info.header.base_format, info.header.base_name, human(info.header.block_size.into()));
+        }
+        crate::info::print_line(&text)?;
+    }
+    Ok(0)
+}

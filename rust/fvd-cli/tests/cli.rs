@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The tool as a user meets it: command lines, output, exit status.
+
+use fvd_host::{Options, disk::Disk};
+use serde_json::Value;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const MIB: u64 = 1 << 20;
+
+struct Dir(tempfile::TempDir);
+
+/// What a run of the tool left: status, standard output, standard error.
+struct Ran {
+    status: i32,
+    out: String,
+    err: String,
+}
+
+impl Dir {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn fvd(&self, args: &[&str]) -> Ran {
+        let out = Command::new(env!("CARGO_BIN_EXE_fvd")).args(args).current_dir(self.0.path()).stdin(Stdio::null()).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        let ran = Ran { status: out.status.code().expect("no signal"), out: text(out.stdout), err: text(out.stderr) };
+        assert!(!ran.err.contains("panicked"), "{args:?}: {}", ran.err);
+        ran
+    }
+
+    fn good(&self, args: &[&str]) -> String {
+        let ran = self.fvd(args);
+        assert_eq!(ran.status, 0, "{args:?}: {}{}", ran.out, ran.err);
+        ran.out
+    }
+
+    /// Fails with status 1 and says each of `words`.
+    fn bad(&self, args: &[&str], words: &[&str]) {
+        let ran = self.fvd(args);
+        assert_eq!(ran.status, 1, "{args:?}: {}", ran.out);
+        for word in words {
+            assert!(ran.err.contains(word), "{args:?} should say '{word}': {}", ran.err);
+        }
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(&self.good(args)).unwrap()
+    }
+
+    /// A base with a hole at the start, data at 1–2 MiB, and 4 MiB in all; a disk over it.
+    fn disk(&self) -> PathBuf {
+        let base = std::fs::File::create(self.at("base.raw")).unwrap();
+        base.write_all_at(&vec![0xaa; MIB as usize], MIB).unwrap();
+        base.set_len(4 * MIB).unwrap();
+        self.good(&["create", "-q", "-b", "base.raw", "-F", "raw", "--journal-size", "1M", "disk.fvd", "8M"]);
+        self.at("disk.fvd")
+    }
+}
+
+fn flip(path: &Path, offset: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+}
+
+#[test]
+fn create_and_info() {
+    let dir = Dir::new();
+    let out = dir.good(&["create", "plain.fvd", "1.5G"]);
+    assert!(out.contains("'plain.fvd'") && out.contains("1.5 GiB"), "{out}");
+    let info = dir.json(&["info", "--output=json", "plain.fvd"]);
+    assert_eq!(info["virtual-size"], 3u64 << 29);
+    assert_eq!((&info["format"], &info["dirty-flag"]), (&"fvd".into(), &false.into()));
+    assert_eq!(info.get("backing-filename"), None);
+    assert!(info["actual-size"].as_u64().unwrap() < MIB);
+    dir.disk();
+    let info = dir.json(&["info", "--output=json", "disk.fvd"]);
+    assert_eq!(info["backing-filename"], "base.raw");
+    assert_eq!(info["backing-filename-format"], "raw");
+    let data = &info["format-specific"]["data"];
+    assert_eq!((&data["block-size"], &data["journal-size"]), (&4096.into(), &MIB.into()));
+    assert_eq!((&data["base-length"], &data["covered"]), (&(4 * MIB).into(), &(4 * MIB).into()));
+    let text = dir.good(&["info", "disk.fvd"]);
+    for line in ["virtual size: 8 MiB (8388608 bytes)", "backing file: base.raw", "backing file format: raw", "block size: 4 KiB", "closed in good order"] {
+        assert!(text.contains(line), "'{line}' in: {text}");
+    }
+    // From another directory the path of the base is spelled out.
+    let elsewhere = dir.good(&["info", dir.at("disk.fvd").to_str().unwrap()]);
+    assert!(elsewhere.contains(&format!("(actual path: {})", dir.at("base.raw").display())), "{elsewhere}");
+    dir.good(&["create", "-q", "-b", "base.raw", "-F", "raw", "whole.fvd"]);
+    assert_eq!(dir.json(&["info", "--output=json", "whole.fvd"])["virtual-size"], 4 * MIB, "the size of the base");
+    dir.good(&["create", "-q", "-u", "-b", "nowhere.qcow2", "-F", "qcow2", "later.fvd", "1G"]);
+    assert_eq!(dir.json(&["info", "--output=json", "later.fvd"])["format-specific"]["data"]["base-length"], Value::Null);
+}
+
+#[test]
+fn create_says_what_is_wrong_with_which_value() {
+    let dir = Dir::new();
+    std::fs::write(dir.at("base.raw"), vec![0; 65536]).unwrap();
+    let over = ["-b", "base.raw", "-F", "raw"];
+    let with = |rest: &[&'static str]| [&["create"], &over[..], rest].concat();
+    dir.bad(&["create", "x.fvd"], &["'x.fvd'", "size"]);
+    dir.bad(&["create", "x.fvd", "1X"], &["1X"]);
+    dir.bad(&["create", "x.fvd", "1000"], &["1000", "512", "1024"]);
+    dir.bad(&["create", "x.fvd", "8E"], &["x.fvd", "9223372036854775808"]);
+    dir.bad(&with(&["x.fvd", "--block-size", "5000"]), &["x.fvd", "5000"]);
+    dir.bad(&with(&["x.fvd", "--block-size", "8G"]), &["8589934592"]);
+    dir.bad(&with(&["x.fvd", "--journal-size", "3000"]), &["x.fvd", "3000"]);
+    dir.bad(&with(&["x.fvd", "--preallocation", "some"]), &["some", "falloc"]);
+    dir.bad(&["create", "-b", "base.raw", "x.fvd"], &["--backing-format"]);
+    dir.bad(&["create", "-b", "gone.raw", "-F", "raw", "x.fvd"], &["gone.raw", "No such file"]);
+    dir.bad(&["create", "-b", "base.raw", "-F", "vmdk", "x.fvd"], &["vmdk", "base.raw"]);
+    dir.bad(&["create", "-b", "base.raw", "-F", "fvd", "x.fvd"], &["base.raw"]);
+    dir.bad(&["create", "-u", "-b", "gone.raw", "-F", "raw", "x.fvd"], &["SIZE"]);
+    dir.bad(&["create", "x.fvd", "1M", "--detect-sparse-hole", "on"], &["detect_sparse_hole", "base"]);
+    dir.bad(&["create", "nodir/x.fvd", "1M"], &["nodir/x.fvd"]);
+    assert!(!dir.at("x.fvd").exists(), "nothing is left behind");
+    dir.bad(&["info", "base.raw"], &["base.raw", "not an FVD image"]);
+    dir.bad(&["info", "gone"], &["'gone'"]);
+    dir.bad(&["nonsense"], &["nonsense"]);
+}
+
+#[test]
+fn an_image_in_use_is_left_alone() {
+    let dir = Dir::new();
+    let path = dir.disk();
+    let open = Disk::open(&path, &Options::default()).unwrap();
+    for command in [&["create", "disk.fvd", "1G"][..], &["info", "disk.fvd"], &["check", "disk.fvd"], &["map", "disk.fvd"]] {
+        dir.bad(command, &["disk.fvd", "in use"]);
+    }
+    for command in [&["info", "-U", "disk.fvd"][..], &["check", "-U", "disk.fvd"], &["map", "-U", "disk.fvd"], &["dump", "disk.fvd"]] {
+        dir.good(command);
+    }
+    open.close().unwrap();
+    dir.good(&["create", "disk.fvd", "1G"]);
+}
+
+#[test]
+fn map_shows_where_the_content_is() {
+    let dir = Dir::new();
+    let path = dir.disk();
+    let disk = Disk::open(&path, &Options { allow_base: true, ..Options::default() }).unwrap();
+    disk.pwrite(&[1; 8192], 65536, false).unwrap();
+    disk.close().unwrap();
+    let map = dir.json(&["map", "--output=json", "disk.fvd"]);
+    let offset = dir.json(&["info", "--output=json", "disk.fvd"])["format-specific"]["data"]["data-offset"].as_u64().unwrap();
+    let expect = format!(
+        r#"[{{"start":0,"length":65536,"place":"base"}},
+            {{"start":65536,"length":8192,"place":"data","offset":{}}},
+            {{"start":73728,"length":{},"place":"base"}},
+            {{"start":{},"length":{},"place":"data","offset":{}}}]"#,
+        offset + 65536,
+        4 * MIB - 73728,
+        4 * MIB,
+        4 * MIB,
+        offset + 4 * MIB
+    );
+    assert_eq!(map, serde_json::from_str::<Value>(&expect).unwrap());
+    let text = dir.good(&["map", "disk.fvd"]);
+    assert_eq!(text.lines().count(), 5, "{text}");
+    assert!(text.lines().nth(2).unwrap().starts_with("0x10000") && text.contains("data"), "{text}");
+    // The bytes are where the map says.
+    let mut bytes = [0; 8192];
+    std::fs::File::open(&path).unwrap().read_exact_at(&mut bytes, offset + 65536).unwrap();
+    assert_eq!(bytes, [1; 8192]);
+}
+
+#[test]
+fn detected_holes_are_known_to_be_zero_at_once() {
+    let dir = Dir::new();
+    dir.disk();
+    dir.good(&["create", "-q", "-b", "base.raw", "-F", "raw", "--detect-sparse-hole", "on", "holes.fvd"]);
+    let places = |name: &str| -> Vec<(u64, u64)> {
+        let map = dir.json(&["map", "--output=json", name]);
+        let base = |run: &&Value| run["place"] == "base";
+        map.as_array().unwrap().iter().filter(base).map(|run| (run["start"].as_u64().unwrap(), run["length"].as_u64().unwrap())).collect()
+    };
+    assert_eq!(places("disk.fvd"), [(0, 4 * MIB)]);
+    assert_eq!(places("holes.fvd"), [(MIB, MIB)], "only the data of the base is left in it");
+}
+
+#[test]
+fn check_tells_sound_from_damaged_by_its_status() {
+    let dir = Dir::new();
+    let path = dir.disk();
+    let disk = Disk::open(&path, &Options { allow_base: true, ..Options::default() }).unwrap();
+    disk.pwrite(&[1; 4096], 0, false).unwrap();
+    disk.close().unwrap();
+    let text = dir.good(&["check", "disk.fvd"]);
+    assert!(text.contains("No errors") && text.contains("1/1024 blocks"), "{text}");
+    let report = dir.json(&["check", "--output=json", "disk.fvd"]);
+    assert_eq!((&report["corruptions"], &report["present-blocks"]), (&0.into(), &1.into()));
+    // A bit of the only stored bitmap page.
+    let dump = dir.good(&["dump", "--header", "disk.fvd"]);
+    let line = dump.lines().find(|line| line.contains("region Bitmap")).unwrap();
+    let offset: u64 = line.split("offset ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    flip(&path, offset + 100);
+    let ran = dir.fvd(&["check", "disk.fvd"]);
+    assert_eq!(ran.status, 2, "{}{}", ran.out, ran.err);
+    assert!(ran.out.contains("bitmap page 0"), "{}", ran.out);
+    let ran = dir.fvd(&["check", "--output=json", "disk.fvd"]);
+    assert_eq!((ran.status, serde_json::from_str::<Value>(&ran.out).unwrap()["corruptions"].as_u64()), (2, Some(1)));
+    // Too short to be opened: damaged as well.
+    OpenOptions::new().write(true).open(&path).unwrap().set_len(300_000).unwrap();
+    let ran = dir.fvd(&["check", "disk.fvd"]);
+    assert_eq!(ran.status, 2);
+    assert!(ran.err.contains("'disk.fvd'") && ran.err.contains("too short"), "{}", ran.err);
+    dir.bad(&["check", "base.raw"], &["not an FVD image"]);
+    dir.bad(&["check", "gone.fvd"], &["gone.fvd"]);
+}
+
+#[test]
+fn dump_shows_journal_and_pages() {
+    let dir = Dir::new();
+    let path = dir.disk();
+    let disk = Disk::open(&path, &Options { allow_base: true, ..Options::default() }).unwrap();
+    disk.pwrite(&[1; 8192], 65536, false).unwrap();
+    disk.flush().unwrap();
+    // As a program that dies: the commit is in the journal only.
+    drop(disk);
+    let header = dir.good(&["dump", "--header", "disk.fvd"]);
+    for line in ["page 0: version 2", "header copy 1 at 4096:", "header copy 2 at 131072: the same", "state: open", "base name: \"base.raw\"", "region Journal"] {
+        assert!(header.contains(line), "'{line}' in: {header}");
+    }
+    assert!(!header.contains("journal:"));
+    let journal = dir.good(&["dump", "--journal", "disk.fvd"]);
+    assert!(journal.contains("whole, replayed at the next open"), "{journal}");
+    assert!(journal.contains("bits 16..=17 of Bitmap = 1"), "{journal}");
+    Disk::open(&path, &Options::default()).unwrap().close().unwrap();
+    let journal = dir.good(&["dump", "--journal", "disk.fvd"]);
+    assert!(!journal.contains("replayed") && journal.contains("done with"), "{journal}");
+    let pages = dir.good(&["dump", "--pages", "disk.fvd"]);
+    assert!(pages.contains("Bitmap: 1 pages") && pages.contains("2 bits set"), "{pages}");
+    assert!(pages.contains("page 0 of Bitmap: good"), "the double-write area: {pages}");
+    let all = dir.good(&["dump", "disk.fvd"]);
+    assert!(all.contains("page 0: ") && all.contains("journal: 256 units") && all.contains("PageMap: "), "{all}");
+}
+
+#[test]
+fn dump_survives_any_damage() {
+    let dir = Dir::new();
+    let path = dir.disk();
+    let disk = Disk::open(&path, &Options { allow_base: true, ..Options::default() }).unwrap();
+    disk.pwrite(&[1; 8192], 65536, false).unwrap();
+    disk.flush().unwrap();
+    drop(disk);
+    let image = std::fs::read(&path).unwrap();
+    let broken = dir.at("broken.fvd");
+    let dump = || {
+        let ran = dir.fvd(&["dump", "broken.fvd"]);
+        assert!(ran.status <= 1, "status {}", ran.status);
+        ran
+    };
+    for length in [0, 1, 64, 4096, 5000, 8192, 131_072, 140_000, 262_144, 300_000, 2_000_000, image.len() - 1] {
+        std::fs::write(&broken, &image[..length.min(image.len())]).unwrap();
+        dump();
+    }
+    // One bad header copy is reported and does no harm; two leave nothing to go by.
+    std::fs::write(&broken, &image).unwrap();
+    flip(&broken, 4096 + 45);
+    let ran = dump();
+    assert!(ran.status == 0 && ran.out.contains("header copy 1 at 4096: BAD") && ran.out.contains("bits 16..=17"), "{}", ran.out);
+    flip(&broken, 131_072 + 45);
+    let ran = dump();
+    assert!(ran.status == 1 && ran.err.contains("broken.fvd"), "{}", ran.err);
+    // Every region turned into noise, page 0 and headers kept.
+    let mut noise = image.clone();
+    let mut state = 88_172_645_463_325_252u64;
+    for byte in &mut noise[262_144..] {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        *byte = state as u8;
+    }
+    std::fs::write(&broken, &noise).unwrap();
+    let ran = dump();
+    assert!(ran.status == 0 && ran.out.contains("no valid unit") && ran.out.contains("no batch") && ran.out.contains("BAD"), "{}", ran.out);
+    let ran = dir.fvd(&["dump", "base.raw"]);
+    assert!(ran.status == 1 && ran.out.contains("not an FVD image"));
+}
+
+#[test]
+fn text_from_an_image_cannot_steer_the_terminal() {
+    let dir = Dir::new();
+    dir.good(&["create", "-q", "-u", "-b", "evil\x1b[2J", "-F", "raw", "disk.fvd", "1M"]);
+    for command in [&["info", "disk.fvd"][..], &["info", "--output=json", "disk.fvd"], &["dump", "disk.fvd"]] {
+        let text = dir.good(command);
+        assert!(text.contains("evil") && !text.contains('\x1b'), "{command:?}: {text:?}");
+    }
+}
+
+#[test]
+fn preallocation_allocates() {
+    let dir = Dir::new();
+    let allocated = |how: &str| {
+        let name = format!("{how}.fvd");
+        let ran = dir.fvd(&["create", "--progress", "--preallocation", how, &name, "16M"]);
+        assert_eq!(ran.status, 0, "{}", ran.err);
+        assert!(ran.err.contains(&format!("creating '{name}': ")), "progress was asked for: {:?}", ran.err);
+        dir.json(&["info", "--output=json", &name])["actual-size"].as_u64().unwrap()
+    };
+    assert!(allocated("off") < 2 * MIB);
+    assert!(allocated("falloc") >= 16 * MIB);
+    assert!(allocated("full") >= 16 * MIB);
+}
+
+#[test]
+fn a_reader_that_leaves_early_is_no_error_of_ours() {
+    let dir = Dir::new();
+    dir.disk();
+    let command = format!("'{}' dump disk.fvd | head -n 1", env!("CARGO_BIN_EXE_fvd"));
+    let out = Command::new("sh").args(["-c", &command]).current_dir(dir.0.path()).output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stderr), "");
+}

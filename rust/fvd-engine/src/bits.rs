@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The copy-on-write bitmap in memory: atomic words, loaded a segment of 64 pages at a time.
+//!
+//! Readers are lock-free. A bit changes 0→1 with release order after the data it exposes was
+//! written, so that whoever reads the bit with acquire order finds the data.
+
+use crate::error::{Error, Kind, Result};
+use fvd_format::page::{PAYLOAD_BITS, PAYLOAD_WORDS};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// Pages in a segment.
+pub(crate) const SEGMENT_PAGES: u64 = 64;
+/// Bits in a segment.
+pub(crate) const SEGMENT_BITS: u64 = SEGMENT_PAGES * PAYLOAD_BITS;
+/// Memory of a loaded segment: bytes.
+pub(crate) const SEGMENT_MEMORY: u64 = SEGMENT_PAGES * 4096;
+const SPINE: u64 = 1024;
+
+/// 64 pages' worth of bits.
+pub(crate) struct Segment {
+    words: Box<[AtomicU64]>,
+    /// Write counts of the pages, for the next write in place.
+    counts: Box<[AtomicU32]>,
+    /// A bit a page: damaged on disk; its blocks cannot be served.
+    bad: AtomicU64,
+}
+
+impl Segment {
+    /// All bits 0, no page stored.
+    pub(crate) fn initial() -> Self {
+        let words = (0..SEGMENT_PAGES as usize * PAYLOAD_WORDS).map(|_| AtomicU64::new(0)).collect();
+        let counts = (0..SEGMENT_PAGES).map(|_| AtomicU32::new(0)).collect();
+        Self { words, counts, bad: AtomicU64::new(0) }
+    }
+
+    /// Fills in page `page` (0…63) as read from disk.
+    pub(crate) fn load_page(&self, page: u64, payload: &[u8], write_count: u32) {
+        let words = &self.words[page as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS];
+        for (word, bytes) in words.iter().zip(payload.chunks_exact(8)) {
+            word.store(u64::from_le_bytes(bytes.try_into().expect("eight bytes")), Ordering::Relaxed);
+        }
+        self.counts[page as usize].store(write_count, Ordering::Relaxed);
+    }
+
+    /// Marks page `page` (0…63) as damaged.
+    pub(crate) fn mark_bad(&self, page: u64) {
+        self.bad.fetch_or(1 << page, Ordering::Relaxed);
+    }
+}
+
+/// What a run of blocks starts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Run {
+    /// `len` bits (> 0) have `value`.
+    Bits {
+        /// The value.
+        value: bool,
+        /// How many.
+        len: u64,
+    },
+    /// The segment is not in memory.
+    Missing(u64),
+    /// The page of the first bit is damaged.
+    Bad,
+}
+
+/// The bitmap.
+pub(crate) struct Bits {
+    spine: Box<[OnceLock<Box<[OnceLock<Segment>]>>]>,
+    bits: u64,
+}
+
+impl Bits {
+    /// A bitmap of `bits` bits, nothing loaded.
+    pub(crate) fn new(bits: u64) -> Self {
+        let spine = (0..bits.div_ceil(SEGMENT_BITS).div_ceil(SPINE)).map(|_| OnceLock::new()).collect();
+        Self { spine, bits }
+    }
+
+    /// Number of bits.
+    pub(crate) fn len(&self) -> u64 {
+        self.bits
+    }
+
+    /// Segment `index`, if loaded.
+    #[inline]
+    pub(crate) fn segment(&self, index: u64) -> Option<&Segment> {
+        self.spine[(index / SPINE) as usize].get()?[(index % SPINE) as usize].get()
+    }
+
+    /// Puts segment `index` in place; a second one is dropped.
+    pub(crate) fn insert(&self, index: u64, segment: Segment) {
+        let row = self.spine[(index / SPINE) as usize].get_or_init(|| (0..SPINE).map(|_| OnceLock::new()).collect());
+        let _ = row[(index % SPINE) as usize].set(segment);
+    }
+
+    /// The run that starts at `first` and ends before `end`, within one segment.
+    #[inline]
+    pub(crate) fn run(&self, first: u64, end: u64) -> Run {
+        assert!(first < end && end <= self.bits);
+        let index = first / SEGMENT_BITS;
+        let Some(segment) = self.segment(index) else { return Run::Missing(index) };
+        let from = first % SEGMENT_BITS;
+        let mut to = (end - index * SEGMENT_BITS).min(SEGMENT_BITS);
+        let bad = segment.bad.load(Ordering::Relaxed);
+        if bad != 0 {
+            let page = from / PAYLOAD_BITS;
+            if bad >> page & 1 == 1 {
+                return Run::Bad;
+            }
+            to = to.min(((page + 1) * PAYLOAD_BITS).max(from + 1));
+        }
+        let word_at = |word: u64| segment.words[word as usize].load(Ordering::Acquire);
+        let value = word_at(from / 64) >> (from % 64) & 1 == 1;
+        // Inverted where 1s are counted, so that the run always ends at the first 1.
+        let flip = if value { u64::MAX } else { 0 };
+        let mut at = from;
+        while at < to {
+            let rest = (word_at(at / 64) ^ flip) >> (at % 64);
+            let run = u64::from(rest.trailing_zeros()).min(64 - at % 64);
+            at += run;
+            if at % 64 != 0 || run == 0 {
+                break;
+            }
+        }
+        Run::Bits { value, len: at.min(to) - from }
+    }
+
+    /// Sets or clears `first..end`; their segments are loaded.
+    pub(crate) fn write(&self, first: u64, end: u64, value: bool) {
+        assert!(first <= end && end <= self.bits);
+        let mut at = first;
+        while at < end {
+            let segment = self.segment(at / SEGMENT_BITS).expect("segment loaded before its bits change");
+            let within = at % SEGMENT_BITS;
+            let n = (64 - within % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - n)) << (within % 64);
+            let word = &segment.words[(within / 64) as usize];
+            if value {
+                word.fetch_or(mask, Ordering::Release);
+            } else {
+                word.fetch_and(!mask, Ordering::Release);
+            }
+            at += n;
+        }
+    }
+
+    /// Whether page `page` is known to be damaged.
+    pub(crate) fn is_bad(&self, page: u64) -> bool {
+        self.segment(page / SEGMENT_PAGES).is_some_and(|s| s.bad.load(Ordering::Relaxed) >> (page % SEGMENT_PAGES) & 1 == 1)
+    }
+
+    /// The words of page `page` as they are in memory now.
+    pub(crate) fn page_words(&self, page: u64) -> Box<[u64]> {
+        let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
+        let from = (page % SEGMENT_PAGES) as usize * PAYLOAD_WORDS;
+        segment.words[from..from + PAYLOAD_WORDS].iter().map(|w| w.load(Ordering::Acquire)).collect()
+    }
+
+    /// Adds `n` to the write count of page `page` and returns it.
+    pub(crate) fn add_count(&self, page: u64, n: u32) -> u32 {
+        let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
+        segment.counts[(page % SEGMENT_PAGES) as usize].fetch_add(n, Ordering::Relaxed) + n
+    }
+
+    /// Takes back one from the write count of page `page`.
+    pub(crate) fn undo_count(&self, page: u64) {
+        let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
+        segment.counts[(page % SEGMENT_PAGES) as usize].fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Number of 1 bits; every segment is loaded or entirely initial.
+    pub(crate) fn count_ones(&self) -> u64 {
+        let segments = self.bits.div_ceil(SEGMENT_BITS);
+        (0..segments)
+            .filter_map(|i| self.segment(i))
+            .map(|s| s.words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum::<u64>())
+            .sum()
+    }
+}
+
+/// Sets bits in a page's words (a stable image).
+pub(crate) fn set_words(words: &mut [u64], first: u64, end: u64, value: bool) {
+    let mut at = first;
+    while at < end {
+        let n = (64 - at % 64).min(end - at);
+        let mask = (u64::MAX >> (64 - n)) << (at % 64);
+        let word = &mut words[(at / 64) as usize];
+        *word = if value { *word | mask } else { *word & !mask };
+        at += n;
+    }
+}
+
+/// Checks a bit range of a record against the bitmap it names.
+pub(crate) fn check_range(first: u64, count: u64, bits: u64) -> Result<u64> {
+    match first.checked_add(count) {
+        Some(end) if end <= bits => Ok(end),
+        _ => Err(Error::new(Kind::Corrupt, format!("journal record names bits {first}+{count} of {bits}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bitvec::prelude::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// The atomic bitmap against `bitvec` as oracle.
+        #[test]
+        fn runs_and_writes_agree_with_bitvec(ops in prop::collection::vec((0u64..200_000, 1u64..3000, any::<bool>()), 1..40), probes in prop::collection::vec((0u64..200_000, 1u64..5000), 1..40)) {
+            let bits = 210_000;
+            let ours = Bits::new(bits);
+            ours.insert(0, Segment::initial());
+            let mut oracle = bitvec![u64, Lsb0; 0; bits as usize];
+            for (first, len, value) in ops {
+                let end = (first + len).min(bits);
+                ours.write(first, end, value);
+                oracle[first as usize..end as usize].fill(value);
+            }
+            prop_assert_eq!(ours.count_ones(), oracle.count_ones() as u64);
+            for (first, len) in probes {
+                let end = (first + len).min(bits);
+                let slice = &oracle[first as usize..end as usize];
+                let value = slice[0];
+                let expect = if value { slice.first_zero() } else { slice.first_one() }.unwrap_or(slice.len());
+                prop_assert_eq!(ours.run(first, end), Run::Bits { value, len: expect as u64 });
+            }
+            let words = ours.page_words(2);
+            prop_assert_eq!(words.as_ref(), &oracle.as_raw_slice()[2 * PAYLOAD_WORDS..3 * PAYLOAD_WORDS]);
+        }
+    }
+
+    #[test]
+    fn runs_stop_at_segments_and_bad_pages() {
+        let bits = Bits::new(2 * SEGMENT_BITS);
+        assert_eq!(bits.run(5, 9), Run::Missing(0));
+        bits.insert(0, Segment::initial());
+        assert_eq!(bits.run(5, 2 * SEGMENT_BITS), Run::Bits { value: false, len: SEGMENT_BITS - 5 });
+        bits.segment(0).unwrap().mark_bad(1);
+        assert_eq!(bits.run(5, SEGMENT_BITS), Run::Bits { value: false, len: PAYLOAD_BITS - 5 });
+        assert_eq!(bits.run(PAYLOAD_BITS, SEGMENT_BITS), Run::Bad);
+        assert!(bits.is_bad(1) && !bits.is_bad(0));
+    }
+}

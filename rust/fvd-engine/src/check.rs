@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Checking an open image: header copies, page map, every stored page, sums of write counts.
+
+use crate::bits::SEGMENT_PAGES;
+use crate::error::Result;
+use crate::executor::Queue;
+use crate::host::{FileId, Host, OpKind};
+use crate::io::bare;
+use crate::request::CheckReport;
+use bitvec::prelude::*;
+use fvd_format::header::HEADER_OFFSETS;
+use fvd_format::limits::PAGE_SIZE;
+use fvd_format::page;
+use fvd_format::{Header, RegionKind};
+use std::rc::Rc;
+
+impl<H: Host> Queue<H> {
+    /// Checks the image. Damage is reported, not an error.
+    pub(crate) async fn check(self: &Rc<Self>) -> Result<CheckReport> {
+        let image = self.image().clone();
+        let mut report = CheckReport::default();
+        if !image.config.read_only {
+            // What is compared with the file must be in the file.
+            self.commit_metadata().await?;
+        }
+        let _steady = image.header_lock.lock().await;
+        let header = image.header();
+        for copy in [1, 2] {
+            let bytes = self.read_own(FileId::Image, HEADER_OFFSETS[copy - 1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
+            match Header::decode(&header.uuid, copy, &bytes) {
+                Ok(found) if found.generation == header.generation => {}
+                Ok(found) => report.corrupt(format!("header copy {copy}: generation {} instead of {}", found.generation, header.generation)),
+                Err(error) => report.corrupt(error.to_string()),
+            }
+        }
+        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        if length < header.file_length_min() {
+            report.corrupt(format!("the file has {length} bytes, {} are needed", header.file_length_min()));
+        }
+        report.image_end = header.file_length_min();
+        drop(_steady);
+        if header.region(RegionKind::Bitmap).is_some() {
+            self.check_bitmap(&header, &mut report).await?;
+        }
+        Ok(report)
+    }
+
+    async fn check_bitmap(self: &Rc<Self>, header: &Header, report: &mut CheckReport) -> Result<()> {
+        let image = self.image().clone();
+        let region = *header.region(RegionKind::Bitmap).expect("checked by the caller");
+        report.blocks_total = header.blocks();
+        for segment in 0..region.pages().div_ceil(SEGMENT_PAGES) {
+            self.load_segment(segment).await?;
+        }
+        for index in (0..region.pages()).filter(|&p| image.bits().is_bad(p)) {
+            report.corrupt(format!("bitmap page {index} is damaged"));
+        }
+        let last = region.pages() - 1;
+        let tail = header.blocks() - last * page::PAYLOAD_BITS;
+        if let Some(extra) = image.bits().page_words(last).view_bits::<Lsb0>()[tail as usize..].first_one() {
+            report.corrupt(format!("the bitmap has a bit past its last block: {}", header.blocks() + extra as u64));
+        }
+        report.blocks_present = image.bits().count_ones();
+        // Pages that were synced and yet are gone show in the sum of the write counts, but only
+        // while no checkpoint is half done.
+        let quiet = {
+            let meta = image.meta();
+            meta.dirty_pages.is_empty() && meta.written.is_empty() && meta.overlay.is_empty() && !meta.checkpointing
+        };
+        let bad = (0..region.pages()).any(|p| image.bits().is_bad(p));
+        if quiet && !bad {
+            let sum: u64 = (0..region.pages()).map(|p| u64::from(image.bits().add_count(p, 0))).sum();
+            if sum != region.count_sum {
+                report.corrupt(format!("the bitmap's pages were written {sum} times, the header says {}: a write was lost", region.count_sum));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Checkpoints: the stable image of changed pages goes in place, through the double-write area,
+//! and the header's first sequence moves on (R2, R3).
+
+use crate::error::Result;
+use crate::executor::Queue;
+use crate::host::{FileId, Host, LogLevel, OwnBuf};
+use crate::image::{Image, Meta, faulty};
+use fvd_format::double_write::{BATCH_PAGES_MAX, Batch, BatchEntry};
+use fvd_format::limits::PAGE_SIZE;
+use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
+use fvd_format::{Header, RegionKind};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+/// A page of a batch, sealed.
+struct Sealed {
+    kind: RegionKind,
+    index: u64,
+    bytes: Vec<u8>,
+    /// Its write count was raised for this batch.
+    counted: bool,
+}
+
+impl<H: Host> Queue<H> {
+    /// Runs the checkpoint that `meta.checkpointing` announced.
+    pub(crate) async fn background_checkpoint(self: &Rc<Self>) {
+        let image = self.image().clone();
+        let result = self.checkpoint(|_| ()).await;
+        {
+            let mut meta = image.meta();
+            meta.checkpointing = false;
+            meta.checkpoint_error = result.as_ref().err().cloned();
+        }
+        if let Err(error) = result {
+            self.host().log(LogLevel::Error, &error.context("checkpoint").text);
+        }
+        image.checkpoint_wait.wake_all();
+    }
+
+    /// Writes every dirty page in place; then, with `change`, the header lets go of the journal
+    /// before this moment, in one update.
+    pub(crate) async fn checkpoint(self: &Rc<Self>, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let image = self.image().clone();
+        let (seq, commit, number, mut pages) = {
+            let mut meta = image.meta();
+            // A commit on its way is not stable yet: it starts at `next_seq` and stays.
+            let pages = std::mem::take(&mut meta.dirty_pages);
+            (meta.next_seq, meta.next_commit, meta.last_checkpoint + 1, pages)
+        };
+        if faulty!(image, HeaderBeforePages) {
+            self.update_header(|header| (header.first_seq, header.first_commit) = (seq, commit)).await?;
+        }
+        while !pages.is_empty() || !image.meta().dirty_map_pages.is_empty() {
+            // Room for page-map pages and for what the write granule adds.
+            let most = (BATCH_PAGES_MAX / 2) / (image.granule() / PAGE_SIZE);
+            let rest = match pages.iter().nth(most).copied() {
+                Some(key) => pages.split_off(&key),
+                None => BTreeSet::new(),
+            };
+            if let Err(error) = self.write_batch(&pages, number).await {
+                let mut meta = image.meta();
+                meta.dirty_pages.extend(pages);
+                meta.dirty_pages.extend(rest);
+                return Err(error);
+            }
+            pages = rest;
+        }
+        let sums = image.meta().count_sums.clone();
+        self.update_header(|header| {
+            header.first_seq = seq;
+            header.first_commit = commit;
+            header.last_checkpoint = number;
+            for (kind, sum) in sums {
+                if let Some(region) = header.region_mut(kind) {
+                    region.count_sum = sum;
+                }
+            }
+            change(header);
+        })
+        .await?;
+        let mut meta = image.meta();
+        meta.last_checkpoint = number;
+        meta.written.clear();
+        meta.stats.checkpoints += 1;
+        Ok(())
+    }
+
+    /// One batch: area → sync → in place → sync.
+    async fn write_batch(self: &Rc<Self>, pages: &BTreeSet<u64>, checkpoint: u64) -> Result<()> {
+        let image = self.image().clone();
+        let (header, number, sealed) = {
+            let mut meta = image.meta();
+            let header = meta.header.clone().expect("open");
+            let sealed = meta.seal_batch(&image, &header, pages, checkpoint);
+            (header, meta.last_batch + 1, sealed)
+        };
+        let area = header.region(RegionKind::DoubleWrite).expect("image with a journal");
+        if !faulty!(image, NoDoubleWrite) {
+            let entries = sealed.iter().map(|p| BatchEntry { kind: p.kind, index: p.index, crc: page::stored_crc(&p.bytes) }).collect();
+            let mut buf = OwnBuf::zeroed((sealed.len() + 1) * PAGE_SIZE);
+            buf.write(0, &Batch { number, entries }.encode(&header.uuid));
+            for (i, page) in sealed.iter().enumerate() {
+                buf.write((i + 1) * PAGE_SIZE, &page.bytes);
+            }
+            let len = buf.capacity() as u64;
+            let written = match self.write_own(FileId::Image, area.offset, buf, len).await {
+                Ok(()) => self.sync().await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = written {
+                // Nothing in place was touched: the batch never happened.
+                image.meta().unseal(&image, &sealed);
+                return Err(error);
+            }
+        }
+        // From here on a page in place may be torn; the area has it whole.
+        let mut at = 0;
+        while at < sealed.len() {
+            let run = sealed[at..].iter().zip(0..).take_while(|(p, i)| p.kind == sealed[at].kind && p.index == sealed[at].index + i).count();
+            let mut buf = OwnBuf::zeroed(run * PAGE_SIZE);
+            for (i, page) in sealed[at..at + run].iter().enumerate() {
+                buf.write(i * PAGE_SIZE, &page.bytes);
+            }
+            let region = header.region(sealed[at].kind).expect("page of a region");
+            let offset = region.offset + sealed[at].index * PAGE_SIZE as u64;
+            if let Err(error) = self.write_own(FileId::Image, offset, buf, (run * PAGE_SIZE) as u64).await {
+                // The page may be torn and only the area has it whole: nothing may overwrite the
+                // area any more. Recovery at the next open finishes the batch.
+                image.poison(&error.text);
+                return Err(error);
+            }
+            at += run;
+        }
+        self.sync().await?;
+        let mut meta = image.meta();
+        meta.last_batch = number;
+        meta.written.extend(sealed.iter().map(|p| (p.kind, p.index)));
+        meta.dirty_map_pages.clear();
+        meta.stats.pages_written += sealed.len() as u64;
+        Ok(())
+    }
+}
+
+impl Meta {
+    /// Seals the stable images of `pages`, of what shares their write granule, and of the page-map
+    /// pages that record them, in region and index order.
+    fn seal_batch(&mut self, image: &Image, header: &Header, pages: &BTreeSet<u64>, checkpoint: u64) -> Vec<Sealed> {
+        let group = (image.granule() / PAGE_SIZE) as u64;
+        let region = *header.region(RegionKind::Bitmap).expect("image with a bitmap");
+        let mut all = BTreeSet::new();
+        for page in pages {
+            all.extend((page / group * group..(page / group + 1) * group).filter(|p| *p < region.pages() && !image.bits().is_bad(*p)));
+        }
+        if !faulty!(image, PageMapForgotten) {
+            for page in &all {
+                let bit = region.map_first + page;
+                if !self.is_stored(bit) {
+                    self.page_map[(bit / 64) as usize] |= 1 << (bit % 64);
+                    self.dirty_map_pages.insert(bit / PAYLOAD_BITS);
+                }
+            }
+        }
+        let map_pages: BTreeSet<u64> = self.dirty_map_pages.iter().flat_map(|p| p / group * group..(p / group + 1) * group).collect();
+        let mut sealed = Vec::new();
+        let map = *header.region(RegionKind::PageMap).expect("image with a journal");
+        for index in map_pages.into_iter().filter(|p| *p < map.pages()) {
+            let words = self.page_map[index as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS].to_vec();
+            let counted = !self.written.contains(&(RegionKind::PageMap, index));
+            self.page_map_counts[index as usize] += u32::from(counted);
+            let write_count = self.page_map_counts[index as usize];
+            let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
+            sealed.push(self.seal(header, place, counted, &words));
+        }
+        for index in all {
+            let words = match self.stable.get(&index) {
+                Some(words) if !faulty!(image, CheckpointFromMemory) => words.clone(),
+                _ => image.bits().page_words(index),
+            };
+            // A page is counted once a checkpoint, however often an unfinished one is repeated.
+            let counted = !self.written.contains(&(RegionKind::Bitmap, index));
+            let write_count = image.bits().add_count(index, u32::from(counted));
+            let place = PageHeader { kind: RegionKind::Bitmap, generation: region.generation, index, write_count, checkpoint };
+            sealed.push(self.seal(header, place, counted, &words));
+        }
+        assert!(sealed.len() <= BATCH_PAGES_MAX);
+        sealed
+    }
+
+    /// Takes back the write counts of a batch that was not written.
+    fn unseal(&mut self, image: &Image, sealed: &[Sealed]) {
+        for page in sealed.iter().filter(|p| p.counted) {
+            *self.count_sums.get_mut(&page.kind).expect("sealed before") -= 1;
+            match page.kind {
+                RegionKind::PageMap => self.page_map_counts[page.index as usize] -= 1,
+                _ => image.bits().undo_count(page.index),
+            }
+        }
+    }
+
+    fn seal(&mut self, header: &Header, place: PageHeader, counted: bool, words: &[u64]) -> Sealed {
+        *self.count_sums.entry(place.kind).or_default() += u64::from(counted);
+        let mut bytes = vec![0; PAGE_SIZE];
+        for (to, word) in bytes[page::HEADER_SIZE..].chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        page::seal(&header.uuid, &place, &mut bytes);
+        Sealed { kind: place.kind, index: place.index, bytes, counted }
+    }
+}

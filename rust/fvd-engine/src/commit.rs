@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Commits: freeze, sync the data, append to the journal, sync the journal (R1, R2).
+//!
+//! One commit is on its way at a time; flushes that arrive meanwhile share the next. Everything a
+//! flush must cover was set in memory before the flush began, so a commit that freezes afterwards
+//! covers it.
+
+use crate::bits::set_words;
+use crate::error::Result;
+use crate::executor::{Job, Queue};
+use crate::host::{FileId, Host, LogLevel, OwnBuf};
+use crate::image::{Image, Meta, Runs, add_run, faulty};
+use fvd_format::journal::{self, CommitId, RECORD_HEAD, Record, UNIT_PAYLOAD};
+use fvd_format::limits::PAGE_SIZE;
+use fvd_format::page::PAYLOAD_BITS;
+use fvd_format::RegionKind;
+use std::rc::Rc;
+
+/// Largest write granule that is honoured: bytes.
+pub(crate) const GRANULE_MAX: usize = 64 << 10;
+
+impl Meta {
+    /// Journal units that the pending changes need.
+    pub(crate) fn pending_units(&self) -> u64 {
+        if self.pending.is_empty() { 0 } else { journal::units_for(self.pending.len() * RECORD_HEAD) }
+    }
+}
+
+impl Image {
+    /// Unit of journal and metadata writes: bytes.
+    pub(crate) fn granule(&self) -> usize {
+        // Journals are made in multiples of the largest granule (FMT-56).
+        (self.limits(FileId::Image).write_granule as usize).clamp(PAGE_SIZE, GRANULE_MAX)
+    }
+}
+
+/// Who a flush turns out to be.
+enum Turn {
+    /// It runs the commit.
+    Lead,
+    /// A commit that began after it is done.
+    Shared(Result<()>),
+}
+
+impl<H: Host> Queue<H> {
+    /// Makes every change that completed before this call durable.
+    pub(crate) async fn flush(self: &Rc<Self>) -> Result<()> {
+        if self.image().config.read_only {
+            return Ok(());
+        }
+        self.image().check_poison()?;
+        self.commit_metadata().await
+    }
+
+    /// Runs, or shares, a commit that freezes after this call.
+    pub(crate) async fn commit_metadata(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        let need = {
+            let meta = image.meta();
+            meta.commits_begun + u64::from(!(meta.committing && faulty!(image, FlushSharesRunningCommit)))
+        };
+        let turn = image
+            .commit_wait
+            .until(|| {
+                let mut meta = image.meta();
+                if meta.commits_ok >= need {
+                    return Some(Turn::Shared(Ok(())));
+                }
+                if image.is_poisoned() {
+                    drop(meta);
+                    return Some(Turn::Shared(image.check_poison()));
+                }
+                if meta.commits_done >= need {
+                    let error = meta.commit_error.clone().expect("a commit that is not ok left an error");
+                    return Some(Turn::Shared(Err(error)));
+                }
+                if meta.committing {
+                    return None;
+                }
+                meta.committing = true;
+                Some(Turn::Lead)
+            })
+            .await;
+        let result = match turn {
+            Turn::Shared(result) => return result,
+            Turn::Lead => self.run_commit().await,
+        };
+        {
+            let mut meta = image.meta();
+            meta.committing = false;
+            meta.commits_done = meta.commits_begun;
+            match &result {
+                Ok(()) => meta.commits_ok = meta.commits_begun,
+                Err(error) => meta.commit_error = Some(error.clone()),
+            }
+        }
+        image.commit_wait.wake_all();
+        result
+    }
+
+    async fn run_commit(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        let mut frozen = {
+            let mut meta = image.meta();
+            meta.commits_begun += 1;
+            meta.commit_queued = false;
+            std::mem::take(&mut meta.pending)
+        };
+        // The set is frozen; whatever it exposes was written before, so this sync covers it.
+        if frozen.is_empty() || !faulty!(image, NoDataSync) {
+            self.sync().await?;
+        }
+        while !frozen.is_empty() {
+            let rest = match self.commit_most().and_then(|most| frozen.keys().nth(most).copied()) {
+                Some(key) => frozen.split_off(&key),
+                None => Runs::new(),
+            };
+            image.meta().frozen = frozen;
+            if let Err(error) = self.append_frozen().await {
+                // Memory keeps what was set; the next commit retries at the same place.
+                let mut meta = image.meta();
+                let failed = std::mem::take(&mut meta.frozen);
+                for (start, end) in failed.into_iter().chain(rest) {
+                    add_run(&mut meta.pending, start, end);
+                }
+                return Err(error);
+            }
+            frozen = rest;
+        }
+        Ok(())
+    }
+
+    /// Most records a commit may have: a quarter of the journal. Each record is right alone, so a
+    /// larger set is cut anywhere.
+    fn commit_most(&self) -> Option<usize> {
+        let units = self.image().meta().header.as_ref()?.journal_units() as usize / 4;
+        Some(units * UNIT_PAYLOAD / RECORD_HEAD)
+    }
+
+    /// Appends the frozen set, syncs, and makes it the stable state.
+    async fn append_frozen(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        self.ensure_session().await?;
+        let granule = image.granule();
+        let mut payload = Vec::new();
+        for (&start, &end) in &image.meta().frozen {
+            encode_bits(&mut payload, start, end);
+        }
+        let units = (journal::units_for(payload.len()) * PAGE_SIZE as u64).next_multiple_of(granule as u64) / PAGE_SIZE as u64;
+        self.wait_for_journal(units).await?;
+        let (uuid, id, region) = {
+            let meta = image.meta();
+            let header = meta.header.as_ref().expect("open");
+            let id = CommitId { epoch: header.epoch, seq: meta.next_seq, commit: meta.next_commit };
+            (header.uuid, id, *header.region(RegionKind::Journal).expect("image with a journal"))
+        };
+        let bytes = journal::encode_commit(&uuid, id, &payload, granule);
+        assert_eq!(bytes.len() as u64, units * PAGE_SIZE as u64);
+        // Unit n lies at place n mod units: the commit may wrap.
+        let place = id.seq % region.pages();
+        let before_wrap = ((region.pages() - place) * PAGE_SIZE as u64).min(bytes.len() as u64) as usize;
+        for (offset, part) in [(place * PAGE_SIZE as u64, &bytes[..before_wrap]), (0, &bytes[before_wrap..])] {
+            if !part.is_empty() {
+                self.write_own(FileId::Image, region.offset + offset, OwnBuf::from_slice(part), part.len() as u64).await?;
+            }
+        }
+        if !faulty!(image, NoJournalSync) {
+            self.sync().await?;
+        }
+        let start_checkpoint = {
+            let mut meta = image.meta();
+            meta.next_seq += units;
+            meta.next_commit += 1;
+            meta.stats.commits += 1;
+            meta.stats.journal_bytes += bytes.len() as u64;
+            meta.make_frozen_stable(&image);
+            let used = meta.next_seq - meta.header.as_ref().expect("open").first_seq;
+            // A half is full: it is written back while commits go to the other one.
+            used >= region.pages() / 2 && !std::mem::replace(&mut meta.checkpointing, true)
+        };
+        if start_checkpoint {
+            self.spawn(Job::Checkpoint);
+        }
+        Ok(())
+    }
+
+    /// Waits until `units` more units fit without touching one that still counts.
+    async fn wait_for_journal(self: &Rc<Self>, units: u64) -> Result<()> {
+        let image = self.image().clone();
+        let mut waited = false;
+        loop {
+            let start = {
+                let mut meta = image.meta();
+                let header = meta.header.as_ref().expect("open");
+                if meta.next_seq + units <= header.first_seq + header.journal_units() {
+                    return Ok(());
+                }
+                if waited && let Some(error) = meta.checkpoint_error.take() {
+                    return Err(error);
+                }
+                meta.stats.flush_waits += 1;
+                !std::mem::replace(&mut meta.checkpointing, true)
+            };
+            if start {
+                self.spawn(Job::Checkpoint);
+            }
+            image.checkpoint_wait.until(|| (!image.meta().checkpointing || image.is_poisoned()).then_some(())).await;
+            image.check_poison()?;
+            waited = true;
+        }
+    }
+
+    /// Clears the clean mark and raises the epoch, once a session, before its first append (R2).
+    async fn ensure_session(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        if image.meta().session {
+            return Ok(());
+        }
+        let units = (image.granule() / PAGE_SIZE) as u64;
+        let (seq, commit) = {
+            let mut meta = image.meta();
+            // The image may come from storage with a smaller granule.
+            meta.next_seq = meta.next_seq.next_multiple_of(units);
+            (meta.next_seq, meta.next_commit)
+        };
+        let keep = faulty!(image, EpochKept);
+        self.update_header(|header| {
+            header.clean = false;
+            header.epoch += u64::from(!keep);
+            header.first_seq = seq;
+            header.first_commit = commit;
+        })
+        .await?;
+        image.meta().session = true;
+        Ok(())
+    }
+
+    /// Runs a commit in the background: nobody waits for its result, the next flush sees it.
+    pub(crate) async fn background_commit(self: &Rc<Self>) {
+        if let Err(error) = self.commit_metadata().await {
+            self.host().log(LogLevel::Error, &error.context("background commit").text);
+        }
+    }
+}
+
+/// Appends records for a run of set bits; one record holds at most 2³²−1 of them.
+fn encode_bits(payload: &mut Vec<u8>, start: u64, end: u64) {
+    let mut first = start;
+    while first < end {
+        let count = (end - first).min(u64::from(u32::MAX)) as u32;
+        Record::Bits { region: RegionKind::Bitmap, value: true, first, count }.encode(payload);
+        first += u64::from(count);
+    }
+}
+
+impl Meta {
+    /// The frozen set became stable: the stable images say so, and the pages await a checkpoint.
+    pub(crate) fn make_frozen_stable(&mut self, image: &Image) {
+        let bits = image.bits();
+        let mut pages = Vec::new();
+        for (start, end) in std::mem::take(&mut self.frozen) {
+            for page in start / PAYLOAD_BITS..=(end - 1) / PAYLOAD_BITS {
+                let from = page * PAYLOAD_BITS;
+                let words = self.stable.get_mut(&page).expect("a changed page has a stable image");
+                set_words(words, start.max(from) - from, end.min(from + PAYLOAD_BITS) - from, true);
+                pages.push(page);
+            }
+        }
+        pages.dedup();
+        for page in pages {
+            self.dirty_pages.insert(page);
+            if self.stable.get(&page).is_some_and(|words| *words == bits.page_words(page)) {
+                self.stable.remove(&page);
+            }
+        }
+    }
+}

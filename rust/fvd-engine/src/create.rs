@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Creating an image. Page 0 is wiped first and written last, so that a creation cut short never
+//! looks like an image (FMT-9).
+
+use crate::error::{Kind, Result};
+use crate::executor::{Queue, fail};
+use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf, STATUS_DATA};
+use crate::image::State;
+use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil};
+use crate::request::{CreateParams, Preallocation};
+use crate::resize::check_base;
+use bitvec::prelude::*;
+use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, REGIONS_START, compatible};
+use fvd_format::limits::*;
+use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
+use fvd_format::{Header, PageZero, Region, RegionKind, bitmap};
+use std::rc::Rc;
+
+/// Regions begin at multiples of this, so that no write granule is shared: bytes.
+const REGION_ALIGNMENT: u64 = 64 << 10;
+/// Guest data begins at a multiple of this: bytes.
+const DATA_ALIGNMENT: u64 = 1 << 20;
+/// Zeroing is asked for in steps of this, so that one request stays short: bytes.
+const ZERO_STEP: u64 = 1 << 30;
+
+impl<H: Host> Queue<H> {
+    /// Makes a new flat image.
+    pub(crate) async fn create(self: &Rc<Self>, params: &CreateParams) -> Result<()> {
+        let image = self.image().clone();
+        if image.state() != State::New {
+            return fail(Kind::State, "an image is created through a handle that is not open");
+        }
+        image.check_writable()?;
+        check_base(&params.base_name, &params.base_format)?;
+        let header = self.plan(params).await?;
+        let holes = self.find_holes(params, &header).await?;
+        self.write_image(params, header, holes).await
+    }
+
+    /// Derives the header from the parameters.
+    async fn plan(self: &Rc<Self>, params: &CreateParams) -> Result<Header> {
+        let has_base = !params.base_name.is_empty();
+        let mut base_length = if has_base { BASE_LENGTH_UNKNOWN } else { 0 };
+        if has_base {
+            match self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 {
+                length if length >= 0 => base_length = ceil(length as u64, SECTOR),
+                errno if errno == -i64::from(ENOMEDIUM) => {}
+                errno => return fail(Kind::Host(-errno as i32), format!("the base '{}' cannot be measured (errno {})", params.base_name, -errno)),
+            }
+        }
+        let virtual_size = match params.virtual_size {
+            Some(size) => size,
+            None if has_base && base_length != BASE_LENGTH_UNKNOWN => base_length,
+            None => return fail(Kind::Invalid, "a size is needed: there is no base, or its length is not known"),
+        };
+        if virtual_size > VIRTUAL_SIZE_MAX - (1 << 40) || !virtual_size.is_multiple_of(SECTOR) {
+            return fail(Kind::OutOfRange, format!("size {virtual_size} is above the largest disk or no multiple of 512"));
+        }
+        let journal_size = if params.journal_size == 0 { JOURNAL_SIZE_DEFAULT } else { params.journal_size };
+        if !(JOURNAL_SIZE_MIN..=JOURNAL_SIZE_MAX).contains(&journal_size) || !journal_size.is_multiple_of(REGION_ALIGNMENT) {
+            return fail(Kind::Invalid, format!("journal_size {journal_size} is not from {JOURNAL_SIZE_MIN} to {JOURNAL_SIZE_MAX} in multiples of {REGION_ALIGNMENT}"));
+        }
+        if params.block_size != 0 && (!params.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&params.block_size)) {
+            return fail(Kind::Invalid, format!("block_size {} is no power of two from {BLOCK_SIZE_MIN} to {BLOCK_SIZE_MAX}", params.block_size));
+        }
+        if params.detect_sparse_hole != 0 && !has_base {
+            return fail(Kind::Invalid, "detect_sparse_hole needs a base");
+        }
+        let counted = if base_length == BASE_LENGTH_UNKNOWN { virtual_size } else { base_length.min(virtual_size) };
+        let block_size = match params.block_size {
+            _ if counted == 0 => 0,
+            0 => default_block_size(counted),
+            given => given,
+        };
+        // The base's last block is covered whole, so that no host sector is half covered.
+        let covered = if block_size == 0 { 0 } else { ceil(counted, u64::from(block_size)).min(virtual_size) };
+        let mut uuid = [0; 16];
+        self.host().random(&mut uuid);
+        let mut header = Header {
+            uuid,
+            generation: 1,
+            virtual_size,
+            crypt_method: 0,
+            clean: true,
+            incompatible: 0,
+            compatible: if self.image().limits(FileId::Image).grows_zeroed { 0 } else { compatible::NON_ZEROING },
+            autoclear: 0,
+            block_size,
+            chunk_size: 0,
+            base_length,
+            covered,
+            data_offset: 0,
+            storage_grow_unit: 0,
+            reach: 0,
+            epoch: 1,
+            first_seq: 0,
+            first_commit: 1,
+            last_batch: 0,
+            last_checkpoint: 0,
+            base_name: params.base_name.clone(),
+            base_format: params.base_format.clone(),
+            regions: [None; REGION_SLOTS],
+        };
+        place_regions(&mut header, journal_size);
+        header.validate()?;
+        Ok(header)
+    }
+
+    /// Blocks that are zero in the base, in runs that are long enough; `None` if not asked for.
+    async fn find_holes(self: &Rc<Self>, params: &CreateParams, header: &Header) -> Result<Option<BitVec<u64, Lsb0>>> {
+        if params.detect_sparse_hole == 0 || header.covered == 0 {
+            return Ok(None);
+        }
+        if header.base_length == BASE_LENGTH_UNKNOWN {
+            return fail(Kind::Invalid, format!("detect_sparse_hole: the base '{}' cannot be read", params.base_name));
+        }
+        if !self.image().limits(FileId::Image).grows_zeroed {
+            // A preset bit promises zeroes that this storage does not have (R7).
+            self.host().log(LogLevel::Warning, "detect_sparse_hole is ignored: the storage does not read as zero");
+            return Ok(None);
+        }
+        let block = u64::from(header.block_size);
+        let mut zero: BitVec<u64, Lsb0> = bitvec![u64, Lsb0; 0; header.blocks() as usize];
+        let mut at = 0;
+        while at < header.covered {
+            let ask = (header.covered - at).min(ZERO_STEP);
+            let status = self.op(bare(OpKind::BaseStatus, FileId::Base, at, ask)).await?;
+            let len = (status & !STATUS_DATA) as u64;
+            if len == 0 || len > ask {
+                return fail(Kind::Host(5), format!("the host answered {len} to a block status of {ask} bytes"));
+            }
+            if status & STATUS_DATA == 0 {
+                let (first, end) = (at.div_ceil(block), if at + len == header.covered { header.blocks() } else { (at + len) / block });
+                if first < end {
+                    zero[first as usize..end as usize].fill(true);
+                }
+                at += len;
+                continue;
+            }
+            // Whole blocks, a buffer at a time; a run that ends within a block counts as data there.
+            let stop = ceil(at + len, block).min(header.covered);
+            at = at / block * block;
+            while at < stop {
+                let n = (stop - at).min(BOUNCE_MAX.max(block));
+                let bytes = self.read_base_created(header, at, n).await?;
+                for (i, piece) in bytes.chunks(block as usize).enumerate() {
+                    zero.set((at / block) as usize + i, piece.iter().all(|&b| b == 0));
+                }
+                at += n;
+            }
+        }
+        // Runs shorter than asked for are not worth a fragment.
+        let least = params.detect_sparse_hole.div_ceil(block).max(1) as usize;
+        let mut from = 0;
+        while let Some(start) = zero[from..].first_one().map(|i| from + i) {
+            let end = zero[start..].first_zero().map_or(zero.len(), |i| start + i);
+            if end - start < least {
+                zero[start..end].fill(false);
+            }
+            from = end;
+        }
+        Ok(Some(zero))
+    }
+
+    /// Reads the base before the image is open.
+    async fn read_base_created(self: &Rc<Self>, header: &Header, at: u64, len: u64) -> Result<Vec<u8>> {
+        let mut out = vec![0; len as usize];
+        let usable = header.base_length.saturating_sub(at).min(len);
+        if usable > 0 {
+            let (buf, skip) = self.read_own(FileId::Base, at, usable).await?;
+            buf.for_each(skip, usable as usize, |i, piece| out[i..i + piece.len()].copy_from_slice(piece));
+        }
+        Ok(out)
+    }
+
+    async fn write_image(self: &Rc<Self>, params: &CreateParams, mut header: Header, holes: Option<BitVec<u64, Lsb0>>) -> Result<()> {
+        let limits = *self.image().limits(FileId::Image);
+        let total = ceil(header.file_length_min(), PAGE_SIZE as u64);
+        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        if !limits.grows_zeroed && length < total {
+            return fail(Kind::NoSpace, format!("the storage has {length} bytes, the image needs {total}"));
+        }
+        if length >= PAGE_SIZE as u64 {
+            self.write_own(FileId::Image, 0, OwnBuf::zeroed(PAGE_SIZE), PAGE_SIZE as u64).await?;
+            self.sync().await?;
+        }
+        if limits.grows_zeroed {
+            self.op(bare(OpKind::Truncate, FileId::Image, 0, 0)).await?;
+            self.op(bare(OpKind::Truncate, FileId::Image, total, 0)).await?;
+        }
+        // Metadata is really allocated: a commit must never find the storage full.
+        for region in header.regions.iter().flatten() {
+            self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
+        }
+        self.preallocate(params.preallocation, &header, total).await?;
+        self.write_initial_pages(&mut header, holes).await?;
+        for copy in [2, 1] {
+            self.write_own(FileId::Image, HEADER_OFFSETS[copy - 1], OwnBuf::from_slice(&header.encode(copy)), PAGE_SIZE as u64).await?;
+        }
+        self.sync().await?;
+        let zero = PageZero { uuid: header.uuid };
+        self.write_own(FileId::Image, 0, OwnBuf::from_slice(&zero.encode()), PAGE_SIZE as u64).await?;
+        self.sync().await
+    }
+
+    async fn preallocate(self: &Rc<Self>, how: Preallocation, header: &Header, total: u64) -> Result<()> {
+        let mut at = header.data_offset;
+        while at < total {
+            let n = match how {
+                Preallocation::Off | Preallocation::Metadata => return Ok(()),
+                Preallocation::Falloc => {
+                    let n = (total - at).min(ZERO_STEP);
+                    self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, at, n)).await?;
+                    n
+                }
+                Preallocation::Full => {
+                    let n = (total - at).min(BOUNCE_MAX);
+                    self.write_own(FileId::Image, at, OwnBuf::zeroed(n as usize), n).await?;
+                    n
+                }
+            };
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Writes the whole page map, and the bitmap pages that do not start out as all zero.
+    async fn write_initial_pages(self: &Rc<Self>, header: &mut Header, holes: Option<BitVec<u64, Lsb0>>) -> Result<()> {
+        let Some(map) = header.region(RegionKind::PageMap).copied() else { return Ok(()) };
+        let region = *header.region(RegionKind::Bitmap).expect("page map and bitmap go together");
+        let mut map_words = vec![0u64; map.pages() as usize * PAYLOAD_WORDS];
+        let mut stored = 0;
+        for (index, words) in holes.iter().flat_map(|h| h.as_raw_slice().chunks(PAYLOAD_WORDS)).enumerate() {
+            if words.iter().all(|&w| w == 0) {
+                continue;
+            }
+            let bit = region.map_first as usize + index;
+            map_words[bit / 64] |= 1 << (bit % 64);
+            stored += 1;
+            self.write_initial_page(header, &region, RegionKind::Bitmap, index as u64, words).await?;
+        }
+        for (index, words) in map_words.chunks(PAYLOAD_WORDS).enumerate() {
+            self.write_initial_page(header, &map, RegionKind::PageMap, index as u64, words).await?;
+        }
+        header.region_mut(RegionKind::Bitmap).as_mut().expect("has one").count_sum = stored;
+        header.region_mut(RegionKind::PageMap).as_mut().expect("has one").count_sum = map.pages();
+        Ok(())
+    }
+
+    async fn write_initial_page(self: &Rc<Self>, header: &Header, region: &Region, kind: RegionKind, index: u64, words: &[u64]) -> Result<()> {
+        let mut bytes = vec![0; PAGE_SIZE];
+        for (to, word) in bytes[page::HEADER_SIZE..].chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        page::seal(&header.uuid, &PageHeader { kind, generation: region.generation, index, write_count: 1, checkpoint: 0 }, &mut bytes);
+        self.write_own(FileId::Image, region.offset + index * PAGE_SIZE as u64, OwnBuf::from_slice(&bytes), PAGE_SIZE as u64).await
+    }
+}
+
+/// Gives every region of a new flat image its place, and the data its offset. Room for a second
+/// bitmap is left free, so that one of another length can be built before the header flips to it.
+fn place_regions(header: &mut Header, journal_size: u64) {
+    let mut at = REGIONS_START;
+    let mut take = |length: u64| {
+        let region = Region { offset: at, length, generation: 1, map_first: 0, count_sum: 0 };
+        at = ceil(at + length, REGION_ALIGNMENT);
+        Some(region)
+    };
+    let page = PAGE_SIZE as u64;
+    if header.covered > 0 {
+        let bitmap_pages = bitmap::pages(header.blocks());
+        *header.region_mut(RegionKind::PageMap) = take(bitmap_pages.div_ceil(PAYLOAD_BITS) * page);
+        *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE);
+        *header.region_mut(RegionKind::Journal) = take(journal_size);
+        *header.region_mut(RegionKind::Bitmap) = take(bitmap_pages * page);
+        take(bitmap_pages * page);
+    }
+    header.data_offset = ceil(at, DATA_ALIGNMENT);
+}

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Planted faults: mistakes a programmer would make, one at a time, to prove that the tests and
+//! the simulator would catch them. Compiled in only with the feature `planted-faults`.
+
+/// The mistakes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// The journal is written without a sync of the data it exposes (R1).
+    NoDataSync,
+    /// The bits of a write are set before its data is written (R1).
+    BitBeforeData,
+    /// A flush returns although a commit that froze before it is still on its way (R2).
+    FlushSharesRunningCommit,
+    /// The journal is not synced after the append (R2).
+    NoJournalSync,
+    /// The checkpoint writes memory instead of the stable image (R3).
+    CheckpointFromMemory,
+    /// The header moves the first sequence before the pages are in place (R2).
+    HeaderBeforePages,
+    /// The epoch is not raised at the first append of a session (R2).
+    EpochKept,
+    /// Pages are written in place without the double-write area.
+    NoDoubleWrite,
+    /// The page-map bit of a newly stored page is forgotten.
+    PageMapForgotten,
+    /// Copy-on-write fills the head of a block but not its tail.
+    NarrowHull,
+    /// The header copy with the lower generation is picked.
+    OlderHeader,
+    /// A sync that failed is retried and then believed (R11).
+    FailedSyncForgotten,
+    /// Overlapping copy-on-write requests do not wait for each other (R12).
+    NoRangeLock,
+    /// Close sets the clean mark without a checkpoint.
+    CleanWithoutCheckpoint,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Fault; 14] = [
+        Self::NoDataSync,
+        Self::BitBeforeData,
+        Self::FlushSharesRunningCommit,
+        Self::NoJournalSync,
+        Self::CheckpointFromMemory,
+        Self::HeaderBeforePages,
+        Self::EpochKept,
+        Self::NoDoubleWrite,
+        Self::PageMapForgotten,
+        Self::NarrowHull,
+        Self::OlderHeader,
+        Self::FailedSyncForgotten,
+        Self::NoRangeLock,
+        Self::CleanWithoutCheckpoint,
+    ];
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! From request to handler: the one future of every task.
+
+use crate::error::Result;
+use crate::executor::{Job, Queue};
+use crate::host::Host;
+use crate::request::{Reply, Request};
+use std::rc::Rc;
+
+/// Runs a task to its end.
+pub(crate) async fn run<H: Host>(queue: &Rc<Queue<H>>, job: Job<H>) {
+    match job {
+        Job::Guest(request, done) => {
+            let result = serve(queue, request).await;
+            queue.image().task_ended();
+            queue.finish(done, result);
+        }
+        Job::Commit => {
+            queue.background_commit().await;
+            queue.image().task_ended();
+        }
+        Job::Checkpoint => {
+            queue.background_checkpoint().await;
+            queue.image().task_ended();
+        }
+    }
+}
+
+async fn serve<H: Host>(queue: &Rc<Queue<H>>, request: Request<H::Buf>) -> Result<Reply> {
+    let done = |()| Reply::Done;
+    match request {
+        Request::Create(params) => return queue.create(&params).await.map(done),
+        Request::Open => return queue.open().await.map(done),
+        Request::Close => return queue.close().await.map(done),
+        _ => queue.image().check_open()?,
+    }
+    match request {
+        Request::Read { offset, buf } => queue.read(offset, buf).await.map(done),
+        Request::Write { offset, buf, fua } => queue.write(offset, buf, fua).await.map(done),
+        Request::Flush => queue.flush().await.map(done),
+        Request::WriteZeroes { offset, len, may_unmap, fua } => queue.write_zeroes(offset, len, may_unmap, fua).await.map(done),
+        Request::Discard { offset, len } => queue.discard(offset, len).await.map(done),
+        Request::Resize { size, zeroed } => queue.resize(size, zeroed).await.map(done),
+        Request::BlockStatus { offset, len } => queue.block_status(offset, len).await.map(Reply::Status),
+        Request::ChangeBase { name, format } => queue.change_base(name, format).await.map(done),
+        Request::Check => queue.check().await.map(|report| Reply::Check(Box::new(report))),
+        Request::Create(_) | Request::Open | Request::Close => unreachable!("served above"),
+    }
+}

@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One image: what all its queues share.
+//!
+//! Readers on the pass-through path touch only atomics ([`Map`], [`Brackets`]). Everything that
+//! changes metadata is in [`Meta`], behind one mutex that is never held across a host call or an
+//! `await` (C1).
+
+use crate::bits::Bits;
+use crate::brackets::{BracketToken, Brackets};
+use crate::error::{Error, Kind, Result};
+use crate::host::{FileId, Limits};
+use crate::request::{Config, Info, Stats};
+use crate::sync::{AsyncMutex, RangeLock, WaitQueue, lock};
+use fvd_format::page::PageHeader;
+use fvd_format::{Header, RegionKind};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+/// Life of a handle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum State {
+    New = 0,
+    Opening = 1,
+    Open = 2,
+    Closing = 3,
+    Closed = 4,
+}
+
+/// What pass-through decisions read.
+#[derive(Default)]
+pub(crate) struct Map {
+    pub(crate) virtual_size: AtomicU64,
+    pub(crate) covered: AtomicU64,
+    pub(crate) block_shift: AtomicU32,
+    pub(crate) data_offset: AtomicU64,
+    /// Read-modify-write cycles under way: while there are any, every write asks the engine.
+    pub(crate) serial_writes: AtomicU32,
+    pub(crate) bits: OnceLock<Bits>,
+}
+
+/// Runs of bits that were set since the last freeze: start → end.
+pub(crate) type Runs = BTreeMap<u64, u64>;
+
+/// Metadata that changes, and its three values: memory (in [`Map::bits`]), frozen in the commit on
+/// its way, and stable.
+#[derive(Default)]
+pub(crate) struct Meta {
+    /// As both copies in the file say.
+    pub(crate) header: Option<Header>,
+    /// Set bits that no commit has frozen yet.
+    pub(crate) pending: Runs,
+    /// Set bits in the commit on its way.
+    pub(crate) frozen: Runs,
+    /// Stable images of the pages where memory is ahead.
+    pub(crate) stable: HashMap<u64, Box<[u64]>>,
+    /// Bitmap pages whose stable image is not in place.
+    pub(crate) dirty_pages: BTreeSet<u64>,
+    /// Page map: payload words of all its pages.
+    pub(crate) page_map: Vec<u64>,
+    pub(crate) page_map_counts: Vec<u32>,
+    /// Page-map pages that a failed checkpoint may not have written.
+    pub(crate) dirty_map_pages: BTreeSet<u64>,
+    /// Sums of write counts by region, as the next header will say.
+    pub(crate) count_sums: HashMap<RegionKind, u64>,
+    /// Pages that the unfinished checkpoint has written: each is counted once.
+    pub(crate) written: HashSet<(RegionKind, u64)>,
+    /// Pages that recovery found in the double-write area and a read-only open may not write back.
+    pub(crate) overlay: HashMap<(RegionKind, u64), Vec<u8>>,
+    /// Where the next commit goes.
+    pub(crate) next_seq: u64,
+    pub(crate) next_commit: u64,
+    pub(crate) last_batch: u64,
+    pub(crate) last_checkpoint: u64,
+    /// This session has raised the epoch and cleared the clean mark.
+    pub(crate) session: bool,
+    pub(crate) commits_begun: u64,
+    pub(crate) commits_done: u64,
+    /// Number of the last commit that succeeded: it covers all before it.
+    pub(crate) commits_ok: u64,
+    pub(crate) commit_error: Option<Error>,
+    pub(crate) committing: bool,
+    pub(crate) commit_queued: bool,
+    pub(crate) checkpointing: bool,
+    pub(crate) checkpoint_error: Option<Error>,
+    pub(crate) timer_armed: bool,
+    pub(crate) segments_loaded: u64,
+    pub(crate) was_clean: bool,
+    pub(crate) commits_replayed: u64,
+    pub(crate) stats: Stats,
+}
+
+/// One image, shared by its queues. State moves New → Open → Closed.
+pub struct Image {
+    pub(crate) config: Config,
+    state: AtomicU8,
+    poisoned: AtomicBool,
+    why_poisoned: Mutex<Option<String>>,
+    brackets: Brackets,
+    narrowing: AtomicUsize,
+    narrow_lock: AsyncMutex,
+    narrow_wait: WaitQueue,
+    pub(crate) map: Map,
+    meta: Mutex<Meta>,
+    pub(crate) ranges: RangeLock,
+    pub(crate) load_lock: AsyncMutex,
+    pub(crate) header_lock: AsyncMutex,
+    pub(crate) commit_wait: WaitQueue,
+    pub(crate) checkpoint_wait: WaitQueue,
+    tasks: AtomicUsize,
+    pub(crate) tasks_wait: WaitQueue,
+}
+
+impl Image {
+    /// A handle that is not open yet.
+    pub fn new(config: Config) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            state: AtomicU8::new(State::New as u8),
+            poisoned: AtomicBool::new(false),
+            why_poisoned: Mutex::default(),
+            brackets: Brackets::new(),
+            narrowing: AtomicUsize::new(0),
+            narrow_lock: AsyncMutex::default(),
+            narrow_wait: WaitQueue::default(),
+            map: Map::default(),
+            meta: Mutex::default(),
+            ranges: RangeLock::default(),
+            load_lock: AsyncMutex::default(),
+            header_lock: AsyncMutex::default(),
+            commit_wait: WaitQueue::default(),
+            checkpoint_wait: WaitQueue::default(),
+            tasks: AtomicUsize::new(0),
+            tasks_wait: WaitQueue::default(),
+        })
+    }
+
+    pub(crate) fn meta(&self) -> MutexGuard<'_, Meta> {
+        lock(&self.meta)
+    }
+
+    /// A copy of the header.
+    pub(crate) fn header(&self) -> Header {
+        self.meta().header.clone().expect("open image has a header")
+    }
+
+    #[inline]
+    pub(crate) fn state(&self) -> State {
+        match self.state.load(Ordering::Acquire) {
+            0 => State::New,
+            1 => State::Opening,
+            2 => State::Open,
+            3 => State::Closing,
+            _ => State::Closed,
+        }
+    }
+
+    /// Moves from state `from` to `to`; an error if the handle is elsewhere.
+    pub(crate) fn advance(&self, from: State, to: State) -> Result<()> {
+        self.state
+            .compare_exchange(from as u8, to as u8, Ordering::AcqRel, Ordering::Acquire)
+            .map(|_| ())
+            .map_err(|_| Error::new(Kind::State, format!("the image handle is {:?}, this needs {from:?}", self.state())))
+    }
+
+    pub(crate) fn set_state(&self, to: State) {
+        self.state.store(to as u8, Ordering::Release);
+    }
+
+    /// What the host said of `file`.
+    pub(crate) fn limits(&self, file: FileId) -> &Limits {
+        &self.config.limits[file as usize]
+    }
+
+    /// Makes the image unusable for all but reads (R11).
+    pub fn poison(&self, why: &str) {
+        lock(&self.why_poisoned).get_or_insert_with(|| why.to_owned());
+        self.poisoned.store(true, Ordering::Release);
+        // Whoever waits for a commit or a checkpoint must look again.
+        self.commit_wait.wake_all();
+        self.checkpoint_wait.wake_all();
+    }
+
+    /// Whether an earlier failure made the image unusable.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// An error if the image is poisoned.
+    pub(crate) fn check_poison(&self) -> Result<()> {
+        if !self.is_poisoned() {
+            return Ok(());
+        }
+        let why = lock(&self.why_poisoned).clone().unwrap_or_default();
+        Err(Error::poisoned().context(&why))
+    }
+
+    /// An error unless the image may be changed.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.config.read_only {
+            return Err(Error::new(Kind::ReadOnly, "the image is open read-only"));
+        }
+        self.check_poison()
+    }
+
+    #[inline]
+    pub(crate) fn begin(&self, slot: usize) -> BracketToken {
+        self.brackets.begin(slot)
+    }
+
+    /// Ends the bracket of a [`Lookup::Data`](crate::Lookup::Data): exactly once, from any thread.
+    #[inline]
+    pub fn end(&self, token: BracketToken) {
+        if self.brackets.end(token) && self.narrowing.load(Ordering::SeqCst) > 0 {
+            self.narrow_wait.wake_all();
+        }
+    }
+
+    /// Waits for every request that began before (R5). What they may no longer rely on was
+    /// published before this is called.
+    pub(crate) async fn narrow(&self) {
+        let _one_at_a_time = self.narrow_lock.lock().await;
+        self.narrowing.fetch_add(1, Ordering::SeqCst);
+        for _ in 0..2 {
+            let old = self.brackets.flip();
+            self.narrow_wait.until(|| self.brackets.drained(old).then_some(())).await;
+        }
+        self.narrowing.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn task_started(&self) {
+        self.tasks.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn task_ended(&self) {
+        self.tasks.fetch_sub(1, Ordering::AcqRel);
+        self.tasks_wait.wake_all();
+    }
+
+    /// Tasks under way, on all queues.
+    pub(crate) fn tasks(&self) -> usize {
+        self.tasks.load(Ordering::Acquire)
+    }
+
+    /// Whether pending changes are to be committed now that the timer fired.
+    pub(crate) fn timer_fired(&self) -> bool {
+        let mut meta = self.meta();
+        meta.timer_armed = false;
+        !meta.pending.is_empty() && self.state() == State::Open && !self.is_poisoned()
+    }
+
+    /// A page was read. One of a checkpoint that did not finish is not in the header's sum yet,
+    /// and is written again by recovery's checkpoint.
+    pub(crate) fn note_loaded(&self, page: &PageHeader) {
+        let mut meta = self.meta();
+        if !self.config.read_only && page.checkpoint > meta.last_checkpoint && meta.written.insert((page.kind, page.index)) {
+            *meta.count_sums.entry(page.kind).or_default() += 1;
+            match page.kind {
+                RegionKind::PageMap => meta.dirty_map_pages.insert(page.index),
+                _ => meta.dirty_pages.insert(page.index),
+            };
+        }
+    }
+
+    /// A picture of the open image.
+    pub fn info(&self) -> Result<Info> {
+        let meta = self.meta();
+        let Some(header) = meta.header.clone() else {
+            return Err(Error::new(Kind::State, "the image is not open"));
+        };
+        Ok(Info { header, was_clean: meta.was_clean, commits_replayed: meta.commits_replayed, stats: meta.stats })
+    }
+
+    /// Whether the planted fault is `fault`.
+    #[cfg(feature = "planted-faults")]
+    pub(crate) fn fault(&self, fault: crate::faults::Fault) -> bool {
+        self.config.fault == Some(fault)
+    }
+}
+
+/// `faulty!(image, Name)`: whether the planted fault `Name` is on; constant false in real builds.
+macro_rules! faulty {
+    ($image:expr, $fault:ident) => {{
+        #[cfg(feature = "planted-faults")]
+        let on = $image.fault($crate::faults::Fault::$fault);
+        #[cfg(not(feature = "planted-faults"))]
+        let on = {
+            let _ = &$image;
+            false
+        };
+        on
+    }};
+}
+pub(crate) use faulty;
+
+/// Adds `start..end` to a set of runs, joining neighbours.
+pub(crate) fn add_run(runs: &mut Runs, mut start: u64, mut end: u64) {
+    if let Some((&s, &e)) = runs.range(..=start).next_back()
+        && e >= start
+    {
+        start = s;
+        end = end.max(e);
+    }
+    while let Some((&s, &e)) = runs.range(start..=end).next() {
+        runs.remove(&s);
+        end = end.max(e);
+    }
+    runs.insert(start, end);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_join() {
+        let mut runs = Runs::new();
+        for (start, end) in [(10, 20), (30, 40), (20, 25), (24, 31), (50, 60), (5, 70)] {
+            add_run(&mut runs, start, end);
+        }
+        assert_eq!(runs, Runs::from([(5, 70)]));
+        add_run(&mut runs, 72, 73);
+        add_run(&mut runs, 6, 7);
+        assert_eq!(runs, Runs::from([(5, 70), (72, 73)]));
+    }
+}

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Host operations as the request handlers use them.
+
+use crate::error::{Error, Kind, Result};
+use crate::executor::Queue;
+use crate::host::{FileId, Host, HostOp, OpKind, OwnBuf, Segment};
+use crate::image::faulty;
+use std::rc::Rc;
+
+/// Largest own buffer that data is moved through: bytes.
+pub(crate) const BOUNCE_MAX: u64 = 2 << 20;
+/// The base is not attached.
+pub(crate) const ENOMEDIUM: i32 = 123;
+
+/// The engine's view of an operation's result.
+pub(crate) fn result_of<B>(op: &HostOp<B>, ret: i64) -> Result<i64> {
+    if ret >= 0 {
+        return Ok(ret);
+    }
+    let errno = i32::try_from(-ret).unwrap_or(5);
+    let what = match op.kind {
+        OpKind::Read => "reading",
+        OpKind::Write { .. } => "writing",
+        OpKind::Flush => "syncing",
+        OpKind::WriteZeroes { .. } => "zeroing",
+        OpKind::Discard => "discarding",
+        OpKind::Truncate => "setting the length of",
+        OpKind::GetLength => "measuring",
+        OpKind::BaseStatus => "asking the state of",
+    };
+    let file = match op.file {
+        FileId::Image => "the image file",
+        FileId::Data => "the data file",
+        FileId::Base => "the base",
+    };
+    // ENOSPC has a class of its own: a manager can add storage and retry.
+    let kind = if errno == 28 { Kind::NoSpace } else { Kind::Host(errno) };
+    Err(Error::new(kind, format!("{what} {file} at {} ({} bytes) failed with errno {errno}", op.offset, op.len)))
+}
+
+/// An operation without memory.
+pub(crate) fn bare<B>(kind: OpKind, file: FileId, offset: u64, len: u64) -> HostOp<B> {
+    HostOp { kind, file, offset, len, segments: Vec::new() }
+}
+
+/// An operation on one own buffer, from its first byte on.
+pub(crate) fn own<B>(kind: OpKind, file: FileId, offset: u64, buf: OwnBuf, len: u64) -> HostOp<B> {
+    assert!(len <= buf.capacity() as u64);
+    HostOp { kind, file, offset, len, segments: vec![Segment::Own { buf, at: 0, len: len as usize }] }
+}
+
+/// The one own buffer of a completed operation.
+pub(crate) fn buffer_of<B>(op: HostOp<B>) -> OwnBuf {
+    match op.segments.into_iter().next() {
+        Some(Segment::Own { buf, .. }) => buf,
+        _ => unreachable!("operation had one own buffer"),
+    }
+}
+
+/// Rounds down to a multiple of `to`, a power of two.
+pub(crate) fn floor(value: u64, to: u64) -> u64 {
+    value & !(to - 1)
+}
+
+/// Rounds up to a multiple of `to`, a power of two. Values are below 2⁶³.
+pub(crate) fn ceil(value: u64, to: u64) -> u64 {
+    floor(value + (to - 1), to)
+}
+
+impl<H: Host> Queue<H> {
+    /// Does an operation and returns its result.
+    pub(crate) async fn op(self: &Rc<Self>, op: HostOp<H::Buf>) -> Result<i64> {
+        let (ret, op) = self.io(op).await;
+        result_of(&op, ret)
+    }
+
+    /// Reads `len` bytes at `offset`, rounded out to the file's alignment; returns the buffer and
+    /// where in it `offset` is.
+    pub(crate) async fn read_own(self: &Rc<Self>, file: FileId, offset: u64, len: u64) -> Result<(OwnBuf, usize)> {
+        let align = u64::from(self.image().limits(file).request_alignment);
+        let start = floor(offset, align);
+        let total = ceil(offset + len, align) - start;
+        let buf = OwnBuf::zeroed(total as usize);
+        let (ret, op) = self.io(own(OpKind::Read, file, start, buf, total)).await;
+        result_of(&op, ret)?;
+        Ok((buffer_of(op), (offset - start) as usize))
+    }
+
+    /// Writes own, aligned bytes.
+    pub(crate) async fn write_own(self: &Rc<Self>, file: FileId, offset: u64, buf: OwnBuf, len: u64) -> Result<()> {
+        self.op(own(OpKind::Write { fua: false }, file, offset, buf, len)).await.map(|_| ())
+    }
+
+    /// Makes completed writes to the image's files durable; a failure poisons (R11).
+    pub(crate) async fn sync(self: &Rc<Self>) -> Result<()> {
+        match self.op(bare(OpKind::Flush, FileId::Image, 0, 0)).await {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                if faulty!(self.image(), FailedSyncForgotten) {
+                    return Err(error);
+                }
+                self.image().poison(&error.text);
+                Err(error)
+            }
+        }
+    }
+}

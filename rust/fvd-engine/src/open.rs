@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Opening and closing.
+
+use crate::bits::Bits;
+use crate::error::{Error, Kind, Result};
+use crate::executor::{Queue, fail};
+use crate::host::{FileId, Host, LogLevel};
+use crate::image::{Image, State, faulty};
+use crate::io::{ENOMEDIUM, bare};
+use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, MAGIC_V1, autoclear};
+use fvd_format::limits::PAGE_SIZE;
+use fvd_format::page::{self, PAYLOAD_WORDS};
+use fvd_format::{Header, PageZero, RegionKind};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+
+impl<H: Host> Queue<H> {
+    /// Opens the image: header, recovery if the last session ended without closing, page map.
+    pub(crate) async fn open(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        image.advance(State::New, State::Opening)?;
+        match self.open_steps().await {
+            Ok(()) => {
+                image.set_state(State::Open);
+                Ok(())
+            }
+            Err(error) => {
+                image.set_state(State::Closed);
+                Err(error)
+            }
+        }
+    }
+
+    async fn open_steps(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        let (header, agree) = self.read_header().await?;
+        image.publish(&header);
+        let clean = header.clean;
+        if image.config.no_io {
+            return Ok(());
+        }
+        let length = self.op(bare(crate::host::OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        let need = header.file_length_min();
+        if length < need {
+            return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the header needs {need}"));
+        }
+        self.warn_of_base(&header).await?;
+        if header.region(RegionKind::Journal).is_none() {
+            if !agree && !image.config.read_only {
+                self.update_header(|_| ()).await?;
+            }
+            return Ok(());
+        }
+        if clean {
+            self.load_page_map().await?;
+            if !agree && !image.config.read_only {
+                self.update_header(|_| ()).await?;
+            }
+        } else {
+            self.recover().await?;
+        }
+        if !image.config.read_only && image.header().autoclear & !autoclear::KNOWN != 0 {
+            self.update_header(|header| header.autoclear &= autoclear::KNOWN).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads page 0 and both header copies; says whether the copies agree.
+    async fn read_header(self: &Rc<Self>) -> Result<(Header, bool)> {
+        let length = self.op(bare(crate::host::OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        let start = self.read_own(FileId::Image, 0, 2 * PAGE_SIZE as u64).await?.0.to_vec(0, 2 * PAGE_SIZE);
+        if start[..4] != MAGIC_V1 && start[..8] == fvd_format::header::MAGIC && length < HEADER_OFFSETS[1] + PAGE_SIZE as u64 {
+            return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes do not hold the header"));
+        }
+        let zero = PageZero::decode(&start[..PAGE_SIZE])?;
+        let one = &start[HEADER_OFFSETS[0] as usize..][..PAGE_SIZE];
+        let two = self.read_own(FileId::Image, HEADER_OFFSETS[1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
+        let mut header = Header::choose(&zero.uuid, one, &two)?;
+        let both = (Header::decode(&zero.uuid, 1, one), Header::decode(&zero.uuid, 2, &two));
+        let agree = matches!(&both, (Ok(one), Ok(two)) if one == two);
+        if faulty!(self.image(), OlderHeader)
+            && let (Ok(one), Ok(two)) = both
+        {
+            header = if one.generation < two.generation { one } else { two };
+        }
+        Ok((header, agree))
+    }
+
+    /// A base of another length than recorded is served as recorded; somebody should know.
+    async fn warn_of_base(self: &Rc<Self>, header: &Header) -> Result<()> {
+        if header.covered == 0 || header.base_length == BASE_LENGTH_UNKNOWN {
+            return Ok(());
+        }
+        let (ret, _) = self.io(bare(crate::host::OpKind::GetLength, FileId::Base, 0, 0)).await;
+        if ret >= 0 && (ret as u64).next_multiple_of(512) != header.base_length {
+            let text = format!(
+                "the base has {ret} bytes, {} were recorded; past either end the base reads as zero",
+                header.base_length
+            );
+            self.host().log(LogLevel::Warning, &text);
+        } else if ret < 0 && ret != -i64::from(ENOMEDIUM) {
+            self.host().log(LogLevel::Warning, &format!("the base cannot be measured (errno {})", -ret));
+        }
+        Ok(())
+    }
+
+    /// Reads and checks every page of the page map.
+    pub(crate) async fn load_page_map(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        let (region, uuid) = {
+            let header = image.header();
+            (*header.region(RegionKind::PageMap).expect("image with a journal"), header.uuid)
+        };
+        let memory = image.config.metadata_memory;
+        if region.length > memory {
+            return fail(Kind::NoMemory, format!("the page map needs {} bytes, metadata-memory is {memory}", region.length));
+        }
+        let (buf, at) = self.read_own(FileId::Image, region.offset, region.length).await?;
+        let mut words = Vec::with_capacity(region.pages() as usize * PAYLOAD_WORDS);
+        let mut counts = Vec::new();
+        for index in 0..region.pages() {
+            let overlay = image.meta().overlay.get(&(RegionKind::PageMap, index)).cloned();
+            let bytes = overlay.unwrap_or_else(|| buf.to_vec(at + index as usize * PAGE_SIZE, PAGE_SIZE));
+            let head = page::open(&uuid, RegionKind::PageMap, region.generation, index, &bytes)?;
+            counts.push(head.write_count);
+            image.note_loaded(&head);
+            words.extend(bytes[page::HEADER_SIZE..].chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))));
+        }
+        let mut meta = image.meta();
+        meta.page_map = words;
+        meta.page_map_counts = counts;
+        Ok(())
+    }
+
+    /// Commits, checkpoints and marks the image clean. A session that changed nothing writes
+    /// nothing; a poisoned image is left as it is, its mark dirty (R11).
+    pub(crate) async fn close(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        image.advance(State::Open, State::Closing)?;
+        let result = self.close_steps().await;
+        image.set_state(State::Closed);
+        self.host().set_timer(u64::MAX);
+        result
+    }
+
+    async fn close_steps(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        // Everything accepted before ends first; this task is the last one.
+        image.tasks_wait.until(|| (image.tasks() == 1).then_some(())).await;
+        if image.config.read_only || image.config.no_io {
+            return Ok(());
+        }
+        image.check_poison()?;
+        self.commit_metadata().await?;
+        if !image.meta().session {
+            return Ok(());
+        }
+        image.tasks_wait.until(|| (image.tasks() == 1).then_some(())).await;
+        image.check_poison()?;
+        if faulty!(image, CleanWithoutCheckpoint) {
+            let (seq, commit) = (image.meta().next_seq, image.meta().next_commit);
+            return self.update_header(|h| (h.clean, h.first_seq, h.first_commit) = (true, seq, commit)).await;
+        }
+        assert!(image.meta().pending.is_empty() && image.meta().frozen.is_empty(), "nothing is left to commit");
+        self.checkpoint(|header| header.clean = true).await
+    }
+}
+
+impl Image {
+    /// Makes `header` the one that counts, and what readers see of it.
+    pub(crate) fn publish(&self, header: &Header) {
+        let map = &self.map;
+        map.data_offset.store(header.data_offset, Ordering::Release);
+        map.covered.store(header.covered, Ordering::Release);
+        map.block_shift.store(if header.block_size == 0 { 0 } else { header.block_size.trailing_zeros() }, Ordering::Release);
+        if header.covered > 0 {
+            let _ = map.bits.set(Bits::new(header.blocks()));
+        }
+        map.virtual_size.store(header.virtual_size, Ordering::Release);
+        let mut meta = self.meta();
+        meta.was_clean = header.clean;
+        meta.next_seq = header.first_seq;
+        meta.next_commit = header.first_commit;
+        meta.last_batch = header.last_batch;
+        meta.last_checkpoint = header.last_checkpoint;
+        for kind in RegionKind::ALL {
+            if let Some(region) = header.region(kind) {
+                meta.count_sums.insert(kind, region.count_sum);
+            }
+        }
+        meta.header = Some(header.clone());
+    }
+
+    /// An error unless requests may be served.
+    pub(crate) fn check_open(&self) -> Result<()> {
+        if self.state() != State::Open {
+            return Err(Error::new(Kind::State, format!("the image handle is {:?}, not open", self.state())));
+        }
+        if self.config.no_io {
+            return Err(Error::new(Kind::State, "the image is open for inspection only"));
+        }
+        Ok(())
+    }
+}

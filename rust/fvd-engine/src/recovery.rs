@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Recovery after a session that did not close (R2): double-write area, replay, checkpoint,
+//! header flip. A cut anywhere in it leaves the old header, and recovery starts over.
+//!
+//! A read-only open does the same in memory and writes nothing.
+
+use crate::bits::check_range;
+use crate::error::{Error, Kind, Result};
+use crate::executor::{Queue, fail};
+use crate::host::{FileId, Host, LogLevel, OwnBuf};
+use crate::image::faulty;
+use fvd_format::double_write::Batch;
+use fvd_format::journal::{self, CommitId, Record, Scan};
+use fvd_format::limits::PAGE_SIZE;
+use fvd_format::page::{self, PAYLOAD_BITS};
+use fvd_format::{Header, RegionKind};
+use std::rc::Rc;
+
+impl<H: Host> Queue<H> {
+    /// Recovers.
+    pub(crate) async fn recover(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        let header = image.header();
+        self.restore_batch(&header).await?;
+        self.load_page_map().await?;
+        let scan = self.scan_journal(&header).await?;
+        if scan.damaged {
+            let text = "the journal is damaged: valid units follow a bad one";
+            if !image.config.read_only {
+                return fail(Kind::Corrupt, format!("{text}; open read-only, or run a check"));
+            }
+            self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
+        }
+        for payload in &scan.commits {
+            self.replay(payload).await?;
+        }
+        {
+            let mut meta = image.meta();
+            // A commit's filler units may be lost; nothing is appended to its granule (FMT-56).
+            meta.next_seq = scan.next_seq.next_multiple_of((image.granule() / PAGE_SIZE) as u64);
+            meta.next_commit = scan.next_commit;
+            meta.commits_replayed = scan.commits.len() as u64;
+        }
+        if !scan.commits.is_empty() {
+            self.host().log(LogLevel::Info, &format!("{} commits replayed after an unclean shutdown", scan.commits.len()));
+        }
+        if image.config.read_only {
+            return Ok(());
+        }
+        // Every touched page in place first; only then does the header let go of the journal.
+        let keep = faulty!(image, EpochKept);
+        self.checkpoint(|header| header.epoch += u64::from(!keep)).await?;
+        image.meta().session = true;
+        Ok(())
+    }
+
+    /// Writes back the batch in the double-write area, if it counts: every page of it, before any
+    /// page is read.
+    async fn restore_batch(self: &Rc<Self>, header: &Header) -> Result<()> {
+        let image = self.image().clone();
+        let area = *header.region(RegionKind::DoubleWrite).expect("image with a journal");
+        let (buf, at) = self.read_own(FileId::Image, area.offset, PAGE_SIZE as u64).await?;
+        let Ok(batch) = Batch::decode(&header.uuid, &buf.to_vec(at, PAGE_SIZE)) else { return Ok(()) };
+        if batch.number <= header.last_batch {
+            return Ok(());
+        }
+        let len = (batch.entries.len() * PAGE_SIZE) as u64;
+        let (buf, at) = self.read_own(FileId::Image, area.offset + PAGE_SIZE as u64, len).await?;
+        let mut pages = Vec::new();
+        for (i, entry) in batch.entries.iter().enumerate() {
+            let bytes = buf.to_vec(at + i * PAGE_SIZE, PAGE_SIZE);
+            let region = header.region(entry.kind).filter(|r| entry.index < r.pages());
+            let valid = region.is_some_and(|r| page::open(&header.uuid, entry.kind, r.generation, entry.index, &bytes).is_ok());
+            if !valid || page::stored_crc(&bytes) != entry.crc {
+                // The area was not complete when the power went: nothing in place was touched.
+                return Ok(());
+            }
+            pages.push((entry.kind, entry.index, bytes));
+        }
+        if image.config.read_only {
+            image.meta().overlay = pages.into_iter().map(|(kind, index, bytes)| ((kind, index), bytes)).collect();
+            return Ok(());
+        }
+        for (kind, index, bytes) in pages {
+            let region = header.region(kind).expect("checked above");
+            let buf = OwnBuf::from_slice(&bytes);
+            self.write_own(FileId::Image, region.offset + index * PAGE_SIZE as u64, buf, PAGE_SIZE as u64).await?;
+        }
+        self.sync().await?;
+        image.meta().last_batch = batch.number;
+        Ok(())
+    }
+
+    /// Reads the journal and collects its whole commits.
+    pub(crate) async fn scan_journal(self: &Rc<Self>, header: &Header) -> Result<Scan> {
+        let region = *header.region(RegionKind::Journal).expect("image with a journal");
+        let (buf, at) = self.read_own(FileId::Image, region.offset, region.length).await?;
+        let from = CommitId { epoch: header.epoch, seq: header.first_seq, commit: header.first_commit };
+        Ok(journal::scan(&header.uuid, &buf.to_vec(at, region.length as usize), from))
+    }
+
+    /// Applies a commit's records to memory and marks the pages for the checkpoint.
+    async fn replay(self: &Rc<Self>, payload: &[u8]) -> Result<()> {
+        let image = self.image().clone();
+        let mut rest = payload;
+        while !rest.is_empty() {
+            match Record::decode(&mut rest)? {
+                Record::Bits { region: RegionKind::Bitmap, value, first, count } => {
+                    let bits = image.map.bits.get().ok_or_else(|| Error::new(Kind::Corrupt, "journal record names a bitmap that the image lacks"))?;
+                    let end = check_range(first, u64::from(count), bits.len())?;
+                    self.load_blocks(first, end).await?;
+                    bits.write(first, end, value);
+                    image.meta().dirty_pages.extend(first / PAYLOAD_BITS..=(end - 1) / PAYLOAD_BITS);
+                }
+                record => return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}")),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Requests, their parameters and their replies.
+
+use crate::host::{FILES, FileId, Limits};
+use fvd_format::Header;
+
+/// What a handle is made with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What the host's files can do, by [`FileId`].
+    pub limits: [Limits; FILES],
+    /// Writes, and whatever would write, are refused; recovery happens in memory only.
+    pub read_only: bool,
+    /// Only the header is read and only [`Image::info`](crate::Image::info) answers: inspection of
+    /// untrusted images, and QEMU's inactive state, where another program may be writing.
+    pub no_io: bool,
+    /// Longest time that metadata stays uncommitted without a flush: nanoseconds, > 0.
+    pub commit_interval_ns: u64,
+    /// Most memory for metadata pages: bytes.
+    pub metadata_memory: u64,
+    /// The mistake to make.
+    #[cfg(feature = "planted-faults")]
+    pub fault: Option<crate::faults::Fault>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            limits: [Limits::default(); FILES],
+            read_only: false,
+            no_io: false,
+            commit_interval_ns: 5_000_000_000,
+            metadata_memory: 1 << 30,
+            #[cfg(feature = "planted-faults")]
+            fault: None,
+        }
+    }
+}
+
+/// How much of the guest data area exists after creation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Preallocation {
+    /// Nothing but its length.
+    #[default]
+    Off = 0,
+    /// As `Off`: a flat image has no data metadata to allocate.
+    Metadata = 1,
+    /// Allocated, without a data transfer where the host can.
+    Falloc = 2,
+    /// Written with zeroes.
+    Full = 3,
+}
+
+/// Parameters of a new image.
+#[derive(Clone, Debug, Default)]
+pub struct CreateParams {
+    /// Virtual size in bytes, a multiple of 512; `None`: the base's length.
+    pub virtual_size: Option<u64>,
+    /// Copy-on-write unit in bytes: a power of two, 4 KiB–2 MiB; 0: chosen by the base's length.
+    pub block_size: u32,
+    /// Journal in bytes, 1–256 MiB, a multiple of 64 KiB; 0: 16 MiB.
+    pub journal_size: u64,
+    /// Path of the base as it will stand in the header; empty: no base.
+    pub base_name: String,
+    /// Format of the base; mandatory with `base_name`.
+    pub base_format: String,
+    /// Look for runs of zeroes of at least this many bytes (rounded up to blocks) in the base, and
+    /// mark them as present; 0: do not; 1: one block.
+    pub detect_sparse_hole: u64,
+    /// How much of the data area to allocate.
+    pub preallocation: Preallocation,
+}
+
+/// A request to the engine.
+#[derive(Debug)]
+pub enum Request<B> {
+    /// Makes a new image in the image file; the handle stays unopened.
+    Create(Box<CreateParams>),
+    /// Opens the image.
+    Open,
+    /// Commits, checkpoints, marks the image clean. The handle serves nothing afterwards.
+    Close,
+    /// Fills `buf` from guest byte `offset` on.
+    Read {
+        /// First guest byte.
+        offset: u64,
+        /// Guest memory; its length is the request's.
+        buf: B,
+    },
+    /// Writes `buf` at guest byte `offset`.
+    Write {
+        /// First guest byte.
+        offset: u64,
+        /// Guest memory; its length is the request's.
+        buf: B,
+        /// Durable on completion.
+        fua: bool,
+    },
+    /// Makes every request that completed before this one durable.
+    Flush,
+    /// Makes a range read as zero.
+    WriteZeroes {
+        /// First guest byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// The storage may be given back.
+        may_unmap: bool,
+        /// Durable on completion.
+        fua: bool,
+    },
+    /// The range's content is no longer needed: afterwards each part reads as before or as zero.
+    Discard {
+        /// First guest byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Changes the virtual size.
+    Resize {
+        /// New size in bytes, a multiple of 512.
+        size: u64,
+        /// The new space must read as zero: refused where that cannot be had.
+        zeroed: bool,
+    },
+    /// Where the range's content is.
+    BlockStatus {
+        /// First guest byte.
+        offset: u64,
+        /// Bytes, > 0.
+        len: u64,
+    },
+    /// Records another base. What the guest sees of it follows the host's base file.
+    ChangeBase {
+        /// Path; empty: none.
+        name: String,
+        /// Format; mandatory with `name`.
+        format: String,
+    },
+    /// Checks the image.
+    Check,
+}
+
+/// What a request returns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// Nothing but success.
+    Done,
+    /// Answer to [`Request::BlockStatus`].
+    Status(BlockStatus),
+    /// Answer to [`Request::Check`].
+    Check(Box<CheckReport>),
+}
+
+/// Where the first `len` bytes of a range are, all alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockStatus {
+    /// Where.
+    pub place: Place,
+    /// How many bytes from the start of the range: > 0.
+    pub len: u64,
+}
+
+/// Where guest bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a file of this image, from `offset` on.
+    Data {
+        /// The file.
+        file: FileId,
+        /// First byte in it.
+        offset: u64,
+    },
+    /// They read as zero.
+    Zero,
+    /// In the base, at the same address.
+    Base,
+}
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Damage: text for people, one finding each (at most [`CheckReport::FINDINGS_MAX`]).
+    pub findings: Vec<String>,
+    /// Number of damaged structures.
+    pub corruptions: u64,
+    /// Bytes that nothing uses.
+    pub leaked: u64,
+    /// Blocks that the bitmap covers.
+    pub blocks_total: u64,
+    /// Of these, blocks whose state is in this image.
+    pub blocks_present: u64,
+    /// One past the last byte in use.
+    pub image_end: u64,
+}
+
+impl CheckReport {
+    /// Most texts a report carries.
+    pub const FINDINGS_MAX: usize = 100;
+
+    pub(crate) fn corrupt(&mut self, text: String) {
+        self.corruptions += 1;
+        if self.findings.len() < Self::FINDINGS_MAX {
+            self.findings.push(text);
+        }
+    }
+}
+
+/// A picture of an open image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// The header as it counts now.
+    pub header: Header,
+    /// Whether the header was marked clean when the image was opened.
+    pub was_clean: bool,
+    /// Commits replayed by recovery at open.
+    pub commits_replayed: u64,
+    /// Counters since open.
+    pub stats: Stats,
+}
+
+/// Counters since open; each is a plain number of events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Commits made durable.
+    pub commits: u64,
+    /// Journal bytes written.
+    pub journal_bytes: u64,
+    /// Checkpoints finished.
+    pub checkpoints: u64,
+    /// Metadata pages written in place.
+    pub pages_written: u64,
+    /// Header updates finished.
+    pub header_updates: u64,
+    /// Guest writes that had to wait for a commit or a checkpoint.
+    pub write_waits: u64,
+    /// Flushes that had to wait for a checkpoint.
+    pub flush_waits: u64,
+    /// Bytes read from the base.
+    pub base_bytes: u64,
+}

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Changing the virtual size, and the base's name.
+
+use crate::error::{Kind, Result};
+use crate::executor::{Queue, fail};
+use crate::host::{FileId, Host, OpKind};
+use crate::io::{bare, ceil};
+use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, VIRTUAL_SIZE_MAX};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+
+impl<H: Host> Queue<H> {
+    /// Grows the disk. The new part is beyond the bitmap: it is in this image from the start.
+    ///
+    /// Order (CC-40): the file first, stable; then the header; then readers see the new size.
+    pub(crate) async fn resize(self: &Rc<Self>, size: u64, zeroed: bool) -> Result<()> {
+        let image = self.image().clone();
+        image.check_writable()?;
+        self.check_sectors("size", size)?;
+        let header = image.header();
+        if size > VIRTUAL_SIZE_MAX || header.data_offset + size > i64::MAX as u64 {
+            return fail(Kind::OutOfRange, format!("size {size} is above the format's {VIRTUAL_SIZE_MAX} bytes"));
+        }
+        if size == header.virtual_size {
+            return Ok(());
+        }
+        if size < header.virtual_size {
+            return fail(Kind::Unsupported, format!("the disk has {} bytes and cannot shrink to {size}", header.virtual_size));
+        }
+        let new_end = ceil(header.data_offset + size, PAGE_SIZE as u64);
+        let old_end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
+        if header.regions.iter().flatten().any(|r| r.offset >= header.data_offset && r.offset < new_end) {
+            return fail(Kind::Unsupported, "metadata lies behind the disk and would have to be moved");
+        }
+        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        let limits = *image.limits(FileId::Image);
+        if length < new_end {
+            if !limits.grows_zeroed {
+                return fail(Kind::NoSpace, format!("the storage has {length} bytes, {new_end} are needed, and it cannot grow"));
+            }
+            self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
+        }
+        // Trailing bytes that something left behind the old end must not show up in the disk.
+        if length > old_end && (limits.grows_zeroed || zeroed) {
+            let end = length.min(new_end);
+            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
+        }
+        self.sync().await?;
+        self.update_header(|header| header.virtual_size = size).await?;
+        image.map.virtual_size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Records another base name. Which blocks are in the image does not change.
+    pub(crate) async fn change_base(self: &Rc<Self>, name: String, format: String) -> Result<()> {
+        self.image().check_writable()?;
+        check_base(&name, &format)?;
+        self.update_header(|header| {
+            header.base_name = name;
+            header.base_format = format;
+        })
+        .await
+    }
+}
+
+/// Checks the name and format of a base.
+pub(crate) fn check_base(name: &str, format: &str) -> Result<()> {
+    if name.len() > PATH_MAX || name.contains('\0') {
+        return fail(Kind::Invalid, format!("the base's path has {} bytes, at most {PATH_MAX} fit", name.len()));
+    }
+    if format.len() > FORMAT_NAME_MAX || format.contains('\0') {
+        return fail(Kind::Invalid, format!("the base's format name has {} bytes, at most {FORMAT_NAME_MAX} fit", format.len()));
+    }
+    if !name.is_empty() && format.is_empty() {
+        return fail(Kind::Invalid, format!("the format of the base '{name}' is missing; it is never guessed"));
+    }
+    if name.is_empty() && !format.is_empty() {
+        return fail(Kind::Invalid, format!("a base format '{format}' without a base"));
+    }
+    Ok(())
+}

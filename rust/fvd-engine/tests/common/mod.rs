@@ -1,0 +1,528 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A small simulated world for tests: a disk with a volatile write cache, operations completed in
+//! an order drawn from a seed, power cuts that keep any subset of unflushed writes torn at 512
+//! bytes, and an oracle that knows which values each sector may have (C4).
+#![allow(dead_code)]
+
+use fvd_engine::host::*;
+use fvd_engine::{Config, Error, Image, Queue, Reply, Request};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+
+pub const SECTOR: usize = 512;
+pub const EIO: i64 = -5;
+pub const ENOSPC: i64 = -28;
+pub const ENOMEDIUM: i64 = -123;
+
+/// xorshift64*: stable across releases of everything.
+#[derive(Clone)]
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+    pub fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 11) % n.max(1)
+    }
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+/// Guest memory of a test.
+#[derive(Clone, Debug)]
+pub struct Buf(pub Rc<RefCell<Vec<u8>>>);
+
+impl Buf {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Rc::new(RefCell::new(bytes)))
+    }
+}
+
+impl GuestBuf for Buf {
+    fn len(&self) -> usize {
+        self.0.borrow().len()
+    }
+    fn is_aligned(&self, at: usize, len: usize, alignment: usize) -> bool {
+        at.is_multiple_of(alignment) && len.is_multiple_of(alignment)
+    }
+    fn zero(&self, at: usize, len: usize) {
+        self.0.borrow_mut()[at..at + len].fill(0);
+    }
+    fn fill(&self, at: usize, from: &[u8]) {
+        self.0.borrow_mut()[at..at + from.len()].copy_from_slice(from);
+    }
+    fn read(&self, at: usize, to: &mut [u8]) {
+        to.copy_from_slice(&self.0.borrow()[at..at + to.len()]);
+    }
+}
+
+enum Change {
+    Bytes(u64, Vec<u8>),
+    Length(u64),
+}
+
+/// A disk with a volatile cache: `view` is what reads see, `stable` what a cut is sure to leave.
+pub struct Disk {
+    pub stable: Vec<u8>,
+    pub view: Vec<u8>,
+    unflushed: Vec<Change>,
+}
+
+impl Disk {
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self { view: bytes.clone(), stable: bytes, unflushed: Vec::new() }
+    }
+
+    fn put(to: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
+        let end = offset as usize + bytes.len();
+        if to.len() < end {
+            to.resize(end, 0);
+        }
+        to[offset as usize..end].copy_from_slice(bytes);
+    }
+
+    fn write(&mut self, offset: u64, bytes: Vec<u8>) {
+        Self::put(&mut self.view, offset, &bytes);
+        self.unflushed.push(Change::Bytes(offset, bytes));
+    }
+
+    /// Power cut: any subset of what was not flushed survives, in any sector-wise mixture.
+    pub fn cut(&mut self, rng: &mut Rng) {
+        let mode = rng.below(4);
+        for change in std::mem::take(&mut self.unflushed) {
+            match change {
+                Change::Length(length) => {
+                    if rng.chance(50) {
+                        self.stable.resize(length as usize, 0);
+                    }
+                }
+                Change::Bytes(offset, bytes) => {
+                    for (i, sector) in bytes.chunks(SECTOR).enumerate() {
+                        let keep = match mode {
+                            0 => false,
+                            1 => true,
+                            2 => rng.chance(50),
+                            _ => rng.chance(90),
+                        };
+                        if keep {
+                            Self::put(&mut self.stable, offset + (i * SECTOR) as u64, sector);
+                        }
+                    }
+                    // Whole writes are lost or kept more often than single sectors.
+                }
+            }
+        }
+        self.view = self.stable.clone();
+    }
+
+    fn flush(&mut self, upto: usize) {
+        for change in self.unflushed.drain(..upto) {
+            match change {
+                Change::Bytes(offset, bytes) => Self::put(&mut self.stable, offset, &bytes),
+                Change::Length(length) => self.stable.resize(length as usize, 0),
+            }
+        }
+    }
+}
+
+pub type Token64 = u64;
+
+/// What the test wants the host to do wrong: operation number → errno.
+#[derive(Default)]
+pub struct Plan {
+    pub fail_at: Option<u64>,
+    pub fail_ever: bool,
+    pub errno: i64,
+    pub cut_at: Option<u64>,
+}
+
+pub struct World {
+    pub disk: RefCell<Disk>,
+    pub base: Option<Vec<u8>>,
+    pub rng: RefCell<Rng>,
+    pub pending: RefCell<Vec<(Token64, HostOp<Buf>, usize)>>,
+    pub ops: Cell<u64>,
+    pub plan: RefCell<Plan>,
+    pub now: Cell<u64>,
+    pub timer: Cell<u64>,
+    pub results: RefCell<Vec<(u64, Result<Reply, Error>)>>,
+    pub log: RefCell<Vec<String>>,
+    pub counts: RefCell<Counts>,
+    pub limits: Limits,
+}
+
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct Counts {
+    pub writes: u64,
+    pub bytes_written: u64,
+    pub reads: u64,
+    pub syncs: u64,
+}
+
+pub struct TestHost(pub Rc<World>);
+pub struct NoWake;
+impl Wake for NoWake {
+    fn wake(&self) {}
+}
+
+impl Host for TestHost {
+    type Buf = Buf;
+    type Done = u64;
+
+    fn submit(&self, token: Token, op: HostOp<Buf>) {
+        let align = u64::from(self.0.limits.request_alignment);
+        if op.file != FileId::Base && matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard) {
+            assert!(op.offset % align == 0 && op.len % align == 0 && op.len > 0, "misaligned host request {op:?}");
+        }
+        if !op.segments.is_empty() {
+            assert_eq!(op.segments.iter().map(|s| s.len() as u64).sum::<u64>(), op.len);
+        }
+        // A flush covers what was complete when it was issued.
+        let issued = self.0.disk.borrow().unflushed.len();
+        self.0.pending.borrow_mut().push((token, op, issued));
+    }
+    fn done(&self, done: u64, result: Result<Reply, Error>) {
+        self.0.results.borrow_mut().push((done, result));
+    }
+    fn now_ns(&self) -> u64 {
+        self.0.now.get()
+    }
+    fn random(&self, to: &mut [u8]) {
+        for byte in to {
+            *byte = self.0.rng.borrow_mut().next() as u8;
+        }
+    }
+    fn set_timer(&self, at_ns: u64) {
+        self.0.timer.set(at_ns);
+    }
+    fn log(&self, _: LogLevel, text: &str) {
+        self.0.log.borrow_mut().push(text.to_owned());
+    }
+}
+
+impl World {
+    pub fn new(bytes: Vec<u8>, base: Option<Vec<u8>>, seed: u64, limits: Limits) -> Rc<Self> {
+        Rc::new(Self {
+            disk: RefCell::new(Disk::new(bytes)),
+            base,
+            rng: RefCell::new(Rng::new(seed)),
+            pending: RefCell::default(),
+            ops: Cell::new(0),
+            plan: RefCell::default(),
+            now: Cell::new(0),
+            timer: Cell::new(u64::MAX),
+            results: RefCell::default(),
+            log: RefCell::default(),
+            counts: RefCell::default(),
+            limits,
+        })
+    }
+
+    pub fn queue(self: &Rc<Self>, mut config: Config) -> Rc<Queue<TestHost>> {
+        config.limits[0] = self.limits;
+        config.limits[2] = Limits { request_alignment: self.limits.request_alignment, ..Limits::default() };
+        Queue::new(Image::new(config), TestHost(self.clone()), Box::new(NoWake))
+    }
+
+    fn perform(&self, op: &mut HostOp<Buf>, issued: usize) -> i64 {
+        let mut disk = self.disk.borrow_mut();
+        let mut counts = self.counts.borrow_mut();
+        let file_len = if op.file == FileId::Base {
+            match &self.base {
+                None => return ENOMEDIUM,
+                Some(base) => base.len() as u64,
+            }
+        } else {
+            disk.view.len() as u64
+        };
+        match op.kind {
+            OpKind::Read => {
+                let source: &[u8] = if op.file == FileId::Base { self.base.as_ref().unwrap() } else { &disk.view };
+                counts.reads += 1;
+                let mut at = op.offset as usize;
+                for segment in &mut op.segments {
+                    let len = segment.len();
+                    let mut bytes = vec![0; len];
+                    let have = source.len().saturating_sub(at).min(len);
+                    bytes[..have].copy_from_slice(&source[at.min(source.len())..][..have]);
+                    match segment {
+                        Segment::Guest { buf, at, .. } => buf.fill(*at, &bytes),
+                        Segment::Own { buf, at, .. } => buf.write(*at, &bytes),
+                    }
+                    at += len;
+                }
+                0
+            }
+            OpKind::Write { .. } => {
+                let mut bytes = Vec::new();
+                for segment in &op.segments {
+                    match segment {
+                        Segment::Guest { buf, at, len } => bytes.extend_from_slice(&buf.0.borrow()[*at..*at + *len]),
+                        Segment::Own { buf, at, len } => bytes.extend(buf.to_vec(*at, *len)),
+                    }
+                }
+                counts.writes += 1;
+                counts.bytes_written += bytes.len() as u64;
+                disk.write(op.offset, bytes);
+                0
+            }
+            OpKind::WriteZeroes { .. } | OpKind::Discard => {
+                disk.write(op.offset, vec![0; op.len as usize]);
+                0
+            }
+            OpKind::Flush => {
+                counts.syncs += 1;
+                let upto = issued.min(disk.unflushed.len());
+                disk.flush(upto);
+                // Flushes in flight have counted the same changes.
+                for (_, other, issued) in self.pending.borrow_mut().iter_mut() {
+                    if other.kind == OpKind::Flush {
+                        *issued = issued.saturating_sub(upto);
+                    }
+                }
+                0
+            }
+            OpKind::Truncate => {
+                disk.view.resize(op.offset as usize, 0);
+                disk.unflushed.push(Change::Length(op.offset));
+                0
+            }
+            OpKind::GetLength => file_len as i64,
+            OpKind::BaseStatus => op.len.min(file_len.saturating_sub(op.offset).max(1)) as i64 | STATUS_DATA,
+        }
+    }
+
+    /// Completes one operation, drawn from the seed. False if there is none, or the power went.
+    pub fn step(&self, queue: &Rc<Queue<TestHost>>) -> bool {
+        let count = self.pending.borrow().len();
+        if count == 0 {
+            return false;
+        }
+        let number = self.ops.get();
+        if self.plan.borrow().cut_at.is_some_and(|at| number >= at) {
+            return false;
+        }
+        self.ops.set(number + 1);
+        self.now.set(self.now.get() + 1000);
+        let pick = self.rng.borrow_mut().below(count as u64) as usize;
+        let (token, mut op, issued) = self.pending.borrow_mut().remove(pick);
+        let fails = {
+            let plan = self.plan.borrow();
+            plan.fail_at.is_some_and(|at| number == at || (plan.fail_ever && number > at))
+        };
+        if std::env::var("FVD_TRACE").is_ok() { eprintln!("op {number} tok {token:x} {:?} {:?} off {} len {} issued {issued}", op.kind, op.file, op.offset, op.len); }
+        let ret = if fails {
+            if op.kind == OpKind::Flush {
+                // A failed flush drops what it was to write.
+                self.disk.borrow_mut().unflushed.drain(..issued.min(usize::MAX)).for_each(drop);
+                for (_, other, issued_other) in self.pending.borrow_mut().iter_mut() {
+                    if other.kind == OpKind::Flush {
+                        *issued_other = issued_other.saturating_sub(issued);
+                    }
+                }
+            }
+            self.plan.borrow().errno
+        } else {
+            self.perform(&mut op, issued)
+        };
+        assert!(queue.complete(token, ret, op), "the engine knows its operations");
+        true
+    }
+
+    /// Runs until nothing is left to do; false after a cut.
+    pub fn drain(&self, queue: &Rc<Queue<TestHost>>) -> bool {
+        loop {
+            queue.run();
+            while self.step(queue) {
+                queue.run();
+            }
+            if !self.pending.borrow().is_empty() {
+                return false;
+            }
+            if queue.is_idle() {
+                return true;
+            }
+            panic!("the engine waits for nothing: {:?}", self.log.borrow());
+        }
+    }
+
+    /// One request, to its end. `None` after a cut.
+    pub fn request(&self, queue: &Rc<Queue<TestHost>>, request: Request<Buf>) -> Option<Result<Reply, Error>> {
+        let id = u64::MAX;
+        queue.submit(request, id);
+        self.drain(queue);
+        let mut results = self.results.borrow_mut();
+        let at = results.iter().position(|r| r.0 == id)?;
+        Some(results.remove(at).1)
+    }
+}
+
+/// The content of a sector: derived from a tag, which identifies the write.
+pub fn sector(tag: u64, index: u64) -> Vec<u8> {
+    if tag == 0 {
+        return vec![0; SECTOR];
+    }
+    let mut out = Vec::with_capacity(SECTOR);
+    out.extend_from_slice(&tag.to_le_bytes());
+    out.extend_from_slice(&index.to_le_bytes());
+    let mut rng = Rng::new(tag ^ index << 32);
+    while out.len() < SECTOR {
+        out.extend_from_slice(&rng.next().to_le_bytes());
+    }
+    out
+}
+
+pub fn pattern(tag: u64, first_sector: u64, sectors: u64) -> Vec<u8> {
+    (first_sector..first_sector + sectors).flat_map(|s| sector(tag, s)).collect()
+}
+
+/// A base whose every sector differs, with some zero runs.
+pub fn base_image(sectors: u64) -> Vec<u8> {
+    (0..sectors).flat_map(|s| sector(if s / 16 % 4 == 3 { 0 } else { 1 }, s)).collect()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Version {
+    tag: u64,
+    begun: u64,
+    done: u64,
+}
+
+/// Which values each sector may have.
+pub struct Oracle {
+    sectors: Vec<Vec<Version>>,
+    clock: u64,
+}
+
+const NEVER: u64 = u64::MAX;
+
+impl Oracle {
+    pub fn new(sectors: u64, base: Option<&[u8]>) -> Self {
+        let tag = |s: u64| match base {
+            Some(base) if (s as usize + 1) * SECTOR <= base.len() => {
+                u64::from(base[s as usize * SECTOR..][..SECTOR].iter().any(|&b| b != 0))
+            }
+            _ => 0,
+        };
+        Self { sectors: (0..sectors).map(|s| vec![Version { tag: tag(s), begun: 0, done: 0 }]).collect(), clock: 1 }
+    }
+
+    pub fn len(&self) -> u64 {
+        self.sectors.len() as u64
+    }
+
+    pub fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    pub fn grow(&mut self, sectors: u64) {
+        self.sectors.resize(sectors as usize, vec![Version { tag: 0, begun: 0, done: 0 }]);
+    }
+
+    pub fn begin_write(&mut self, tag: u64, first: u64, count: u64) {
+        let begun = self.tick();
+        for s in first..first + count {
+            self.sectors[s as usize].push(Version { tag, begun, done: NEVER });
+        }
+    }
+
+    pub fn end_write(&mut self, tag: u64, first: u64, count: u64) {
+        let done = self.tick();
+        for s in first..first + count {
+            for v in self.sectors[s as usize].iter_mut().filter(|v| v.tag == tag && v.done == NEVER) {
+                v.done = done;
+            }
+        }
+    }
+
+    /// Zeroes: like a write of tag 0 (several may be in flight).
+    pub fn end_zero(&mut self, begun: u64, first: u64, count: u64) {
+        let done = self.tick();
+        for s in first..first + count {
+            for v in self.sectors[s as usize].iter_mut().filter(|v| v.tag == 0 && v.begun == begun) {
+                v.done = done;
+            }
+        }
+    }
+
+    /// A discard is done: zero stays possible, and so does what was there before.
+    pub fn end_discard(&mut self, begun: u64, first: u64, count: u64) {
+        let done = self.tick();
+        for s in first..first + count {
+            let versions = &mut self.sectors[s as usize];
+            for v in versions.iter_mut().filter(|v| v.tag == 0 && v.begun == begun) {
+                // It supersedes nothing, but a later write supersedes it.
+                (v.begun, v.done) = (0, done);
+            }
+        }
+    }
+
+    /// A FUA write of `tag` is durable: what was complete before it began is gone. Writes that
+    /// came in between may have missed its flush.
+    pub fn flushed_range(&mut self, first: u64, count: u64, tag: u64) {
+        for s in first..first + count {
+            let versions = &mut self.sectors[s as usize];
+            if let Some(begun) = versions.iter().find(|v| v.tag == tag).map(|v| v.begun) {
+                versions.retain(|v| v.done >= begun);
+            }
+        }
+    }
+
+    pub fn now(&self) -> u64 {
+        self.clock
+    }
+
+    /// A flush that began at `begun` is complete: versions superseded by then are gone.
+    pub fn flushed(&mut self, begun: u64) {
+        for versions in &mut self.sectors {
+            Self::prune(versions, begun);
+        }
+    }
+
+    fn prune(versions: &mut Vec<Version>, upto: u64) {
+        let newest = versions.iter().filter(|v| v.done <= upto).map(|v| v.begun).max().unwrap_or(0);
+        versions.retain(|v| v.done >= newest);
+    }
+
+    /// What a read that begins now may find in each of `count` sectors; later writes come on top.
+    pub fn begin_read(&mut self, first: u64, count: u64) -> Vec<Vec<u64>> {
+        let now = self.tick();
+        let tags = |s: u64| {
+            let mut versions = self.sectors[s as usize].clone();
+            Self::prune(&mut versions, now);
+            versions.iter().map(|v| v.tag).collect()
+        };
+        (first..first + count).map(tags).collect()
+    }
+
+    /// Whether a read may return `bytes` for sector `s`, given what it could find at its begin.
+    pub fn may_read(&self, s: u64, at_begin: &[u64], bytes: &[u8]) -> bool {
+        let later = self.sectors[s as usize].iter().map(|v| v.tag);
+        at_begin.iter().copied().chain(later).any(|tag| sector(tag, s) == bytes)
+    }
+
+    /// Whether sector `s` may be `bytes` after a crash; from then on it is.
+    pub fn settle(&mut self, s: u64, bytes: &[u8]) -> bool {
+        let Some(v) = self.sectors[s as usize].iter().find(|v| sector(v.tag, s) == bytes).copied() else { return false };
+        self.sectors[s as usize] = vec![Version { tag: v.tag, begun: 0, done: 0 }];
+        true
+    }
+
+    pub fn explain(&self, s: u64) -> String {
+        format!("sector {s} may be {:?}", self.sectors[s as usize])
+    }
+}
+
+pub fn image_of(queue: &Rc<Queue<TestHost>>) -> Arc<Image> {
+    queue.image().clone()
+}
