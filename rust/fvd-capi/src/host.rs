@@ -395,14 +395,11 @@ impl Host for CHost {
     }
 
     fn log(&self, level: LogLevel, text: &str) {
-        match &self.world {
-            World::Callbacks(Callbacks { ops: fvd_host_ops { log: Some(f), .. }, opaque }) => {
-                let text = c_text(text);
-                // SAFETY: the host promised working functions; the text lives during the call.
-                unsafe { f(*opaque, level as u32, text.as_ptr()) };
-            }
-            // The file host's options have no place for it.
-            _ => {}
+        // The file host's options have no place for a log.
+        if let World::Callbacks(Callbacks { ops: fvd_host_ops { log: Some(f), .. }, opaque }) = &self.world {
+            let text = c_text(text);
+            // SAFETY: the host promised working functions; the text lives during the call.
+            unsafe { f(*opaque, level as u32, text.as_ptr()) };
         }
     }
 }

@@ -176,7 +176,11 @@ impl<H: Host> Queue<H> {
             meta.make_frozen_stable(&image);
             let used = meta.next_seq - meta.header.as_ref().expect("open").first_seq;
             // A half is full: it is written back while commits go to the other one.
-            used >= region.pages() / 2 && !std::mem::replace(&mut meta.checkpointing, true)
+            let most = match image.config.checkpoint_after {
+                0 => region.pages() / 2,
+                units => units.min(region.pages() / 2),
+            };
+            used >= most && !std::mem::replace(&mut meta.checkpointing, true)
         };
         if start_checkpoint {
             self.spawn(Job::Checkpoint);

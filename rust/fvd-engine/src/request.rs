@@ -16,6 +16,8 @@ pub struct Config {
     pub no_io: bool,
     /// Longest time that metadata stays uncommitted without a flush: nanoseconds, > 0.
     pub commit_interval_ns: u64,
+    /// Journal units after whose use a checkpoint starts; 0: half the journal.
+    pub checkpoint_after: u64,
     /// Most memory for metadata pages: bytes.
     pub metadata_memory: u64,
     /// The mistake to make.
@@ -30,6 +32,7 @@ impl Default for Config {
             read_only: false,
             no_io: false,
             commit_interval_ns: 5_000_000_000,
+            checkpoint_after: 0,
             metadata_memory: 1 << 30,
             #[cfg(feature = "planted-faults")]
             fault: None,

@@ -18,6 +18,8 @@ struct Run {
     disk_sectors: u64,
     base: Option<Vec<u8>>,
     limits: Limits,
+    /// Journal units after which a checkpoint starts: small, so that there are many.
+    checkpoint_after: u64,
     rng: Rng,
     next_tag: u64,
     oracle: Oracle,
@@ -31,10 +33,6 @@ enum Pending {
     Flush { begun: u64 },
     Read { allowed: Vec<Vec<u64>>, first: u64, buf: Buf },
     Status,
-}
-
-fn config(fault: Option<Fault>, read_only: bool) -> Config {
-    Config { fault, read_only, ..Config::default() }
 }
 
 impl Run {
@@ -52,12 +50,17 @@ impl Run {
         let granule = if rng.chance(80) { 4096 } else { 16384 };
         let limits = Limits { request_alignment: align, memory_alignment: 1, write_granule: granule, ..Limits::default() };
         let oracle = Oracle::new(disk_sectors, Some(&base));
-        Self { seed, fault, disk_sectors, base: Some(base), limits, rng, next_tag: 100, oracle }
+        let checkpoint_after = if rng.chance(70) { 1 + rng.below(12) } else { 0 };
+        Self { seed, fault, disk_sectors, base: Some(base), limits, checkpoint_after, rng, next_tag: 100, oracle }
+    }
+
+    fn config(&self, read_only: bool) -> Config {
+        Config { fault: self.fault, read_only, checkpoint_after: self.checkpoint_after, ..Config::default() }
     }
 
     fn go(&mut self) {
-        let world = World::new(Vec::new(), self.base.clone(), self.seed, self.limits);
-        let queue = world.queue(config(self.fault, false));
+        let world = World::new(Store::default(), self.base.clone(), self.seed, self.limits);
+        let queue = world.queue(self.config(false));
         let holes = self.rng.chance(30);
         let params = CreateParams {
             virtual_size: Some(self.disk_sectors * SECTOR as u64),
@@ -77,9 +80,9 @@ impl Run {
     }
 
     /// One session, ended by a cut or a close; returns the disk it leaves.
-    fn session(&mut self, bytes: Vec<u8>, session: u64) -> Vec<u8> {
+    fn session(&mut self, bytes: Store, session: u64) -> Store {
         let world = World::new(bytes, self.base.clone(), self.seed ^ session << 40, self.limits);
-        let queue = world.queue(config(self.fault, false));
+        let queue = world.queue(self.config(false));
         // A cut may come during recovery already.
         let cut = self.rng.chance(70).then(|| if self.rng.chance(25) { self.rng.below(40) } else { 20 + self.rng.below(400) });
         world.plan.borrow_mut().cut_at = cut;
@@ -198,19 +201,19 @@ impl Run {
         }
     }
 
-    fn after_cut(&mut self, world: Rc<World>, queue: Rc<fvd_engine::Queue<TestHost>>) -> Vec<u8> {
+    fn after_cut(&mut self, world: Rc<World>, queue: Rc<fvd_engine::Queue<TestHost>>) -> Store {
         world.results.borrow_mut().clear();
         // The queue's tasks refer to it: it is never dropped, as in a process that was killed.
         std::mem::forget(queue);
         world.disk.borrow_mut().cut(&mut self.rng);
-        let bytes = std::mem::replace(&mut *world.disk.borrow_mut(), Disk::new(Vec::new())).stable;
+        let bytes = std::mem::replace(&mut *world.disk.borrow_mut(), Disk::new(Store::default())).stable;
         self.verify(bytes, "cut")
     }
 
     /// Reads everything, read-only first (which writes nothing), then with recovery.
-    fn verify(&mut self, bytes: Vec<u8>, when: &str) -> Vec<u8> {
+    fn verify(&mut self, bytes: Store, when: &str) -> Store {
         let world = World::new(bytes.clone(), self.base.clone(), self.seed, self.limits);
-        let queue = world.queue(config(self.fault, true));
+        let queue = world.queue(self.config(true));
         world.request(&queue, Request::Open).unwrap().unwrap_or_else(|e| panic!("read-only open after {when}: {e}"));
         let seen = self.read_all(&world, &queue);
         assert_eq!(world.counts.borrow().writes, 0, "a read-only open writes nothing");
@@ -220,7 +223,7 @@ impl Run {
         }
         // Recovery on a copy shows the same, and `check` finds nothing.
         let world = World::new(bytes.clone(), self.base.clone(), self.seed, self.limits);
-        let queue = world.queue(config(self.fault, false));
+        let queue = world.queue(self.config(false));
         world.request(&queue, Request::Open).unwrap().unwrap_or_else(|e| panic!("open after {when}: {e}"));
         assert!(self.read_all(&world, &queue) == seen, "read-only and recovering opens differ");
         match world.request(&queue, Request::Check).unwrap().unwrap() {

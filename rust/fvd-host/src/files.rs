@@ -75,6 +75,7 @@ pub struct Files {
     pub(crate) image: RawFile,
     pub(crate) base: Option<BaseFile>,
     pub(crate) pool: Arc<Pool>,
+    #[cfg_attr(not(feature = "uring"), allow(dead_code))] // Then there is nothing to choose.
     pub(crate) threads: bool,
     pub(crate) log: Option<LogFn>,
 }

@@ -8,7 +8,9 @@ use fvd_engine::{Error, Kind, Result};
 use rustix::fs::{AtFlags, FallocateFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+#[cfg(feature = "uring")]
+use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -89,6 +91,7 @@ impl RawFile {
         Ok(())
     }
 
+    #[cfg(feature = "uring")]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

@@ -116,6 +116,48 @@ fn a_chain_of_images() {
 }
 
 #[test]
+fn a_second_thread_has_its_own_way_to_the_whole_chain() {
+    use fvd_engine::host::{FileId, HostOp, OpKind, OwnBuf, STATUS_DATA, Segment};
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let model = pattern(MIB as usize, 3);
+    std::fs::write(at("base.raw"), &model).unwrap();
+    create(&at("one.fvd"), &params(None, "base.raw", "raw")).unwrap();
+    create(&at("two.fvd"), &params(None, "one.fvd", "fvd")).unwrap();
+    let two = Disk::open(&at("two.fvd"), &with_base()).unwrap();
+    let files = two.files().clone();
+    let expect = model.clone();
+    let other = std::thread::spawn(move || {
+        let io = fvd_host::FileIo::new(files).unwrap();
+        for step in 0..200u64 {
+            let (offset, len) = (step * 52_639 % MIB, 1 + step as usize * 97 % 9000);
+            let segments = vec![Segment::Own { buf: OwnBuf::from_slice(&vec![0xee; len]), at: 0, len }];
+            io.submit(step + 1, HostOp { kind: OpKind::Read, file: FileId::Base, offset, len: len as u64, segments });
+            io.submit(step + 1001, HostOp { kind: OpKind::BaseStatus, file: FileId::Base, offset, len: 1000, segments: Vec::new() });
+            let mut left = 2;
+            while left > 0 {
+                for (token, ret, op) in io.process(None).unwrap() {
+                    left -= 1;
+                    if token > 1000 {
+                        assert_eq!(ret, STATUS_DATA + (MIB - offset).min(1000) as i64);
+                        continue;
+                    }
+                    assert_eq!(ret, 0);
+                    let Segment::Own { buf, .. } = &op.segments[0] else { unreachable!() };
+                    let inside = len.min((MIB - offset) as usize);
+                    let got = buf.to_vec(0, len);
+                    assert!(got[..inside] == expect[offset as usize..][..inside] && got[inside..].iter().all(|&b| b == 0));
+                }
+            }
+        }
+    });
+    for _ in 0..20 {
+        assert!(all(&two) == model);
+    }
+    other.join().unwrap();
+}
+
+#[test]
 fn holes_of_a_chain_are_seen_at_creation() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);

@@ -7,6 +7,7 @@
 use fvd_engine::host::*;
 use fvd_engine::{Config, Error, Image, Queue, Reply, Request};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -67,58 +68,104 @@ impl GuestBuf for Buf {
 
 enum Change {
     Bytes(u64, Vec<u8>),
+    Zero(u64, u64),
     Length(u64),
+}
+
+/// Bytes of a file, most of them zero; clones share their pages.
+#[derive(Clone, Default)]
+pub struct Store {
+    pages: BTreeMap<u64, Rc<[u8; 4096]>>,
+    pub len: u64,
+}
+
+impl Store {
+    pub fn read(&self, offset: u64, to: &mut [u8]) {
+        let mut at = 0;
+        while at < to.len() {
+            let (page, within) = ((offset + at as u64) / 4096, (offset as usize + at) % 4096);
+            let n = (to.len() - at).min(4096 - within);
+            match self.pages.get(&page) {
+                Some(bytes) => to[at..at + n].copy_from_slice(&bytes[within..within + n]),
+                None => to[at..at + n].fill(0),
+            }
+            at += n;
+        }
+    }
+
+    pub fn write(&mut self, offset: u64, from: &[u8]) {
+        let mut at = 0;
+        while at < from.len() {
+            let (page, within) = ((offset + at as u64) / 4096, (offset as usize + at) % 4096);
+            let n = (from.len() - at).min(4096 - within);
+            let bytes = self.pages.entry(page).or_insert_with(|| Rc::new([0; 4096]));
+            Rc::make_mut(bytes)[within..within + n].copy_from_slice(&from[at..at + n]);
+            at += n;
+        }
+        self.len = self.len.max(offset + from.len() as u64);
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) {
+        let mut at = offset;
+        while at < offset + len {
+            let n = (offset + len - at).min(4096 - at % 4096);
+            if n == 4096 {
+                self.pages.remove(&(at / 4096));
+            } else if self.pages.contains_key(&(at / 4096)) {
+                self.write(at, &vec![0; n as usize]);
+            }
+            at += n;
+        }
+        self.len = self.len.max(offset + len);
+    }
+
+    pub fn resize(&mut self, len: u64) {
+        if len < self.len {
+            self.zero(len, self.len - len);
+        }
+        self.len = len;
+    }
+
+    fn apply(&mut self, change: &Change) {
+        match change {
+            Change::Bytes(offset, bytes) => self.write(*offset, bytes),
+            Change::Zero(offset, len) => self.zero(*offset, *len),
+            Change::Length(len) => self.resize(*len),
+        }
+    }
 }
 
 /// A disk with a volatile cache: `view` is what reads see, `stable` what a cut is sure to leave.
 pub struct Disk {
-    pub stable: Vec<u8>,
-    pub view: Vec<u8>,
+    pub stable: Store,
+    pub view: Store,
     unflushed: Vec<Change>,
 }
 
 impl Disk {
-    pub fn new(bytes: Vec<u8>) -> Self {
+    pub fn new(bytes: Store) -> Self {
         Self { view: bytes.clone(), stable: bytes, unflushed: Vec::new() }
     }
 
-    fn put(to: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
-        let end = offset as usize + bytes.len();
-        if to.len() < end {
-            to.resize(end, 0);
-        }
-        to[offset as usize..end].copy_from_slice(bytes);
-    }
-
-    fn write(&mut self, offset: u64, bytes: Vec<u8>) {
-        Self::put(&mut self.view, offset, &bytes);
-        self.unflushed.push(Change::Bytes(offset, bytes));
+    fn change(&mut self, change: Change) {
+        self.view.apply(&change);
+        self.unflushed.push(change);
     }
 
     /// Power cut: any subset of what was not flushed survives, in any sector-wise mixture.
     pub fn cut(&mut self, rng: &mut Rng) {
-        let mode = rng.below(4);
+        let mode = rng.below(5);
         for change in std::mem::take(&mut self.unflushed) {
             match change {
-                Change::Length(length) => {
-                    if rng.chance(50) {
-                        self.stable.resize(length as usize, 0);
-                    }
-                }
-                Change::Bytes(offset, bytes) => {
+                Change::Bytes(offset, bytes) if mode >= 3 => {
                     for (i, sector) in bytes.chunks(SECTOR).enumerate() {
-                        let keep = match mode {
-                            0 => false,
-                            1 => true,
-                            2 => rng.chance(50),
-                            _ => rng.chance(90),
-                        };
-                        if keep {
-                            Self::put(&mut self.stable, offset + (i * SECTOR) as u64, sector);
+                        if rng.chance(if mode == 3 { 50 } else { 90 }) {
+                            self.stable.write(offset + (i * SECTOR) as u64, sector);
                         }
                     }
-                    // Whole writes are lost or kept more often than single sectors.
                 }
+                change if mode == 1 || (mode >= 2 && rng.chance(50)) => self.stable.apply(&change),
+                _ => {}
             }
         }
         self.view = self.stable.clone();
@@ -126,10 +173,7 @@ impl Disk {
 
     fn flush(&mut self, upto: usize) {
         for change in self.unflushed.drain(..upto) {
-            match change {
-                Change::Bytes(offset, bytes) => Self::put(&mut self.stable, offset, &bytes),
-                Change::Length(length) => self.stable.resize(length as usize, 0),
-            }
+            self.stable.apply(&change);
         }
     }
 }
@@ -210,7 +254,7 @@ impl Host for TestHost {
 }
 
 impl World {
-    pub fn new(bytes: Vec<u8>, base: Option<Vec<u8>>, seed: u64, limits: Limits) -> Rc<Self> {
+    pub fn new(bytes: Store, base: Option<Vec<u8>>, seed: u64, limits: Limits) -> Rc<Self> {
         Rc::new(Self {
             disk: RefCell::new(Disk::new(bytes)),
             base,
@@ -242,18 +286,22 @@ impl World {
                 Some(base) => base.len() as u64,
             }
         } else {
-            disk.view.len() as u64
+            disk.view.len
         };
         match op.kind {
             OpKind::Read => {
-                let source: &[u8] = if op.file == FileId::Base { self.base.as_ref().unwrap() } else { &disk.view };
                 counts.reads += 1;
                 let mut at = op.offset as usize;
                 for segment in &mut op.segments {
                     let len = segment.len();
                     let mut bytes = vec![0; len];
-                    let have = source.len().saturating_sub(at).min(len);
-                    bytes[..have].copy_from_slice(&source[at.min(source.len())..][..have]);
+                    match &self.base {
+                        Some(base) if op.file == FileId::Base => {
+                            let have = base.len().saturating_sub(at).min(len);
+                            bytes[..have].copy_from_slice(&base[at.min(base.len())..][..have]);
+                        }
+                        _ => disk.view.read(at as u64, &mut bytes),
+                    }
                     match segment {
                         Segment::Guest { buf, at, .. } => buf.fill(*at, &bytes),
                         Segment::Own { buf, at, .. } => buf.write(*at, &bytes),
@@ -272,11 +320,11 @@ impl World {
                 }
                 counts.writes += 1;
                 counts.bytes_written += bytes.len() as u64;
-                disk.write(op.offset, bytes);
+                disk.change(Change::Bytes(op.offset, bytes));
                 0
             }
             OpKind::WriteZeroes { .. } | OpKind::Discard => {
-                disk.write(op.offset, vec![0; op.len as usize]);
+                disk.change(Change::Zero(op.offset, op.len));
                 0
             }
             OpKind::Flush => {
@@ -292,8 +340,7 @@ impl World {
                 0
             }
             OpKind::Truncate => {
-                disk.view.resize(op.offset as usize, 0);
-                disk.unflushed.push(Change::Length(op.offset));
+                disk.change(Change::Length(op.offset));
                 0
             }
             OpKind::GetLength => file_len as i64,
