@@ -153,7 +153,7 @@ pub struct fvd_host_ops {
     /// The range's content is not needed any more; afterwards it reads as
     /// before or as zero. NULL: nothing is discarded.
     pub discard: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, offset: u64, len: u64)>,
-    /// Set the file's length. NULL: -ENOTSUP.
+    /// Set the file's length. NULL: the file does not grow (-ENOSPC).
     pub truncate: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, length: u64)>,
     /// ret: the file's length in bytes. Of the base where there is none:
     /// -ENOMEDIUM.
@@ -212,7 +212,7 @@ pub struct fvd_create {
     pub block_size: u32,
     /// FVD_PREALLOC_*
     pub preallocation: u32,
-    /// Bytes: 1 to 256 MiB, a multiple of 8192; 0: 16 MiB.
+    /// Bytes: 1 to 256 MiB, a multiple of 64 KiB; 0: 16 MiB.
     pub journal_size: u64,
     /// Look for runs of zeroes at least this long in the base, and do not read
     /// them from there later; 0: do not look; 1: one block.

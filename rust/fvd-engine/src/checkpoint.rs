@@ -174,7 +174,7 @@ impl Meta {
         }
         for index in all {
             let words = match self.stable.get(&index) {
-                Some(words) if !faulty!(image, CheckpointFromMemory) => words.clone(),
+                Some(words) => words.clone(),
                 _ => image.bits().page_words(index),
             };
             // A page is counted once a checkpoint, however often an unfinished one is repeated.

@@ -227,10 +227,9 @@ impl<H: Host> Queue<H> {
             meta.next_seq = meta.next_seq.next_multiple_of(units);
             (meta.next_seq, meta.next_commit)
         };
-        let keep = faulty!(image, EpochKept);
         self.update_header(|header| {
             header.clean = false;
-            header.epoch += u64::from(!keep);
+            header.epoch += 1;
             header.first_seq = seq;
             header.first_commit = commit;
         })

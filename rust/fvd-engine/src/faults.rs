@@ -14,12 +14,8 @@ pub enum Fault {
     FlushSharesRunningCommit,
     /// The journal is not synced after the append (R2).
     NoJournalSync,
-    /// The checkpoint writes memory instead of the stable image (R3).
-    CheckpointFromMemory,
     /// The header moves the first sequence before the pages are in place (R2).
     HeaderBeforePages,
-    /// The epoch is not raised at the first append of a session (R2).
-    EpochKept,
     /// Pages are written in place without the double-write area.
     NoDoubleWrite,
     /// The page-map bit of a newly stored page is forgotten.
@@ -38,14 +34,12 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 14] = [
+    pub const ALL: [Fault; 12] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
         Self::NoJournalSync,
-        Self::CheckpointFromMemory,
         Self::HeaderBeforePages,
-        Self::EpochKept,
         Self::NoDoubleWrite,
         Self::PageMapForgotten,
         Self::NarrowHull,

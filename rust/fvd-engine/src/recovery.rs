@@ -8,7 +8,6 @@ use crate::bits::check_range;
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
-use crate::image::faulty;
 use fvd_format::double_write::Batch;
 use fvd_format::journal::{self, CommitId, Record, Scan};
 use fvd_format::limits::PAGE_SIZE;
@@ -48,8 +47,7 @@ impl<H: Host> Queue<H> {
             return Ok(());
         }
         // Every touched page in place first; only then does the header let go of the journal.
-        let keep = faulty!(image, EpochKept);
-        self.checkpoint(|header| header.epoch += u64::from(!keep)).await?;
+        self.checkpoint(|header| header.epoch += 1).await?;
         image.meta().session = true;
         Ok(())
     }

@@ -85,12 +85,19 @@ impl Run {
         let queue = world.queue(self.config(false));
         // A cut may come during recovery already.
         let cut = self.rng.chance(70).then(|| if self.rng.chance(25) { self.rng.below(40) } else { 20 + self.rng.below(400) });
-        world.plan.borrow_mut().cut_at = cut;
+        // Or an operation fails, once or from then on.
+        let fails = self.rng.chance(30);
+        *world.plan.borrow_mut() = Plan {
+            cut_at: cut,
+            fail_at: fails.then(|| self.rng.below(300)),
+            fail_ever: self.rng.chance(20),
+            errno: if self.rng.chance(50) { EIO } else { ENOSPC },
+        };
         match world.request(&queue, Request::Open) {
+            Some(Ok(_)) => {}
+            Some(Err(_)) if fails => return self.after_cut(world, queue),
             None => return self.after_cut(world, queue),
-            Some(result) => {
-                result.unwrap_or_else(|e| panic!("open after a cut: {e}"));
-            }
+            Some(Err(e)) => panic!("open after a cut: {e}"),
         }
         let mut under_way: Vec<(u64, Pending)> = Vec::new();
         let mut next_id = 0;
@@ -101,14 +108,13 @@ impl Run {
         while issued < requests || !under_way.is_empty() {
             if issued < requests && (under_way.len() as u64) < depth {
                 let (request, pending) = self.draw();
-                if std::env::var("FVD_TRACE").is_ok() { eprintln!("request {next_id} {pending:?}"); }
                 under_way.push((next_id, pending));
                 queue.submit(request, next_id);
                 next_id += 1;
                 issued += 1;
             } else if !world.step(&queue) {
                 if world.pending.borrow().is_empty() && !world.results.borrow().is_empty() {
-                    self.reap(&world, &mut under_way);
+                    self.reap(&world, &mut under_way, fails);
                     continue;
                 }
                 alive = false;
@@ -122,7 +128,7 @@ impl Run {
                 world.timer.set(u64::MAX);
                 queue.timer();
             }
-            self.reap(&world, &mut under_way);
+            self.reap(&world, &mut under_way, fails);
         }
         if !alive {
             assert!(cut.is_some_and(|at| world.ops.get() >= at), "requests hang: {under_way:?}");
@@ -130,6 +136,7 @@ impl Run {
         }
         match world.request(&queue, Request::Close) {
             None => self.after_cut(world, queue),
+            Some(Err(_)) if fails => self.after_cut(world, queue),
             Some(result) => {
                 result.unwrap();
                 self.oracle.flushed(self.oracle.now());
@@ -173,12 +180,16 @@ impl Run {
         }
     }
 
-    fn reap(&mut self, world: &Rc<World>, under_way: &mut Vec<(u64, Pending)>) {
+    fn reap(&mut self, world: &Rc<World>, under_way: &mut Vec<(u64, Pending)>, fails: bool) {
         for (id, result) in std::mem::take(&mut *world.results.borrow_mut()) {
             let at = under_way.iter().position(|p| p.0 == id).expect("each request completes once");
             let (_, pending) = under_way.swap_remove(at);
-            if std::env::var("FVD_TRACE").is_ok() { eprintln!("done {id} {pending:?}"); }
-            let reply = result.unwrap_or_else(|e| panic!("{pending:?}: {e}"));
+            // What failed may have happened in part, now or later: it stays possible for ever.
+            let reply = match result {
+                Ok(reply) => reply,
+                Err(_) if fails => continue,
+                Err(error) => panic!("{pending:?}: {error}"),
+            };
             match pending {
                 Pending::Write { tag, first, count, fua } => {
                     self.oracle.end_write(tag, first, count);

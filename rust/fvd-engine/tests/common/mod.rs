@@ -366,11 +366,12 @@ impl World {
             let plan = self.plan.borrow();
             plan.fail_at.is_some_and(|at| number == at || (plan.fail_ever && number > at))
         };
-        if std::env::var("FVD_TRACE").is_ok() { eprintln!("op {number} tok {token:x} {:?} {:?} off {} len {} issued {issued}", op.kind, op.file, op.offset, op.len); }
         let ret = if fails {
             if op.kind == OpKind::Flush {
                 // A failed flush drops what it was to write.
-                self.disk.borrow_mut().unflushed.drain(..issued.min(usize::MAX)).for_each(drop);
+                let mut disk = self.disk.borrow_mut();
+                let issued = issued.min(disk.unflushed.len());
+                disk.unflushed.drain(..issued);
                 for (_, other, issued_other) in self.pending.borrow_mut().iter_mut() {
                     if other.kind == OpKind::Flush {
                         *issued_other = issued_other.saturating_sub(issued);
