@@ -22,8 +22,8 @@ pub enum Fault {
     PageMapForgotten,
     /// Copy-on-write fills the head of a block but not its tail.
     NarrowHull,
-    /// The header copy with the lower generation is picked.
-    OlderHeader,
+    /// A header update writes copy 1 only.
+    HeaderOneCopy,
     /// A sync that failed is retried and then believed (R11).
     FailedSyncForgotten,
     /// Overlapping copy-on-write requests do not wait for each other (R12).
@@ -43,7 +43,7 @@ impl Fault {
         Self::NoDoubleWrite,
         Self::PageMapForgotten,
         Self::NarrowHull,
-        Self::OlderHeader,
+        Self::HeaderOneCopy,
         Self::FailedSyncForgotten,
         Self::NoRangeLock,
         Self::CleanWithoutCheckpoint,

@@ -4,6 +4,7 @@
 use crate::error::Result;
 use crate::executor::Queue;
 use crate::host::{FileId, Host, OwnBuf};
+use crate::image::faulty;
 use fvd_format::Header;
 use fvd_format::header::HEADER_OFFSETS;
 use fvd_format::limits::PAGE_SIZE;
@@ -21,7 +22,8 @@ impl<H: Host> Queue<H> {
         header.generation += 1;
         header.last_batch = image.meta().last_batch;
         header.validate()?;
-        for copy in [2, 1] {
+        let copies: &[usize] = if faulty!(image, HeaderOneCopy) { &[1] } else { &[2, 1] };
+        for &copy in copies {
             let buf = OwnBuf::from_slice(&header.encode(copy));
             let written = match self.write_own(FileId::Image, HEADER_OFFSETS[copy - 1], buf, PAGE_SIZE as u64).await {
                 Ok(()) => self.sync().await,

@@ -75,14 +75,9 @@ impl<H: Host> Queue<H> {
         let zero = PageZero::decode(&start[..PAGE_SIZE])?;
         let one = &start[HEADER_OFFSETS[0] as usize..][..PAGE_SIZE];
         let two = self.read_own(FileId::Image, HEADER_OFFSETS[1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
-        let mut header = Header::choose(&zero.uuid, one, &two)?;
+        let header = Header::choose(&zero.uuid, one, &two)?;
         let both = (Header::decode(&zero.uuid, 1, one), Header::decode(&zero.uuid, 2, &two));
         let agree = matches!(&both, (Ok(one), Ok(two)) if one == two);
-        if faulty!(self.image(), OlderHeader)
-            && let (Ok(one), Ok(two)) = both
-        {
-            header = if one.generation < two.generation { one } else { two };
-        }
         Ok((header, agree))
     }
 

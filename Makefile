@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+#
+# The way in for people; every target is a script that can be run alone.
+#
+#   make run               build all, make a VM from a Debian template, boot it
+#   make run INTERACTIVE=1 the same, and leave a login on the serial console
+#   make test              build all, run every test
+#   make build             libfvd, the fvd tool, the patched QEMU: build/bin, build/lib
+#   make bench             the figures beside raw and qcow2
+#   make install           libfvd, header, fvd tool to PREFIX (default /usr/local)
+#   make install-qemu      the patched QEMU to PREFIX (default /opt/qemu-fvd)
+#   make clean             remove build/; the cache folder stays
+#
+# JOBS=n limits the processors used.
+
+SHELL := /bin/bash
+export INTERACTIVE JOBS PREFIX DESTDIR V
+
+.PHONY: all build packages lib qemu run test bench install install-qemu clean
+all: build
+
+packages:
+	@scripts/packages.sh
+
+lib: packages
+	@scripts/build-lib.sh
+
+qemu: lib
+	@scripts/qemu-build.sh
+
+build: lib qemu
+
+run: build
+	@scripts/run-vm.sh
+
+test: build
+	@scripts/test.sh
+
+bench: build
+	@scripts/bench.sh
+
+# Not dependent on build: `sudo make install` must not build as root.
+install:
+	@scripts/install-lib.sh
+
+install-qemu:
+	@scripts/install-qemu.sh
+
+clean:
+	rm -rf build target
