@@ -153,7 +153,8 @@ impl<H: Host> Queue<H> {
         image.tasks_wait.until(|| (image.tasks() == 1).then_some(())).await;
         image.check_poison()?;
         if faulty!(image, CleanWithoutCheckpoint) {
-            let (seq, commit) = (image.meta().next_seq, image.meta().next_commit);
+            let seq = image.meta().next_seq;
+            let commit = image.meta().next_commit;
             return self.update_header(|h| (h.clean, h.first_seq, h.first_commit) = (true, seq, commit)).await;
         }
         assert!(image.meta().pending.is_empty() && image.meta().frozen.is_empty(), "nothing is left to commit");
