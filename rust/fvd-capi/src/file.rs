@@ -198,7 +198,7 @@ pub unsafe extern "C" fn fvd_file_create(path: *const c_char, params: *const fvd
 
 /// Opens the image at path, with QEMU's locks unless FVD_FILE_NO_LOCK. The
 /// base that the image names is opened with FVD_FILE_ALLOW_BASE only; without
-/// it reads of the base fail with -ENOMEDIUM. options NULL: the defaults.
+/// it what is not in the image reads as zero. options NULL: the defaults.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fvd_file_open(path: *const c_char, options: *const fvd_file_options, out: *mut *mut fvd_file) -> c_int {
     answer(guard(|| {

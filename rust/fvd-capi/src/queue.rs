@@ -10,7 +10,7 @@ use fvd_engine::{Image, Queue};
 use fvd_host::FileIo;
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A thread's way into an image. Used by one thread at a time.
@@ -30,6 +30,9 @@ impl Tag for QueueInner {
     const NAME: &'static str = "queue";
     const MAGIC: u64 = 0x6661_7664_5175_6531;
 }
+
+/// Addresses of queues that a panic made unusable.
+static LOST: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
 impl QueueInner {
     fn new(image: Arc<Image>, queues: &Arc<AtomicUsize>, world: World, wake: Box<dyn fvd_engine::host::Wake>, gate: Option<Arc<WakeGate>>) -> Self {
@@ -59,8 +62,10 @@ impl Drop for QueueInner {
             gate.shut();
         }
         if self.queue.host().is_broken() {
-            // Its tasks may hold anything in any state: they are never looked at again.
-            std::mem::forget(Rc::clone(&self.queue));
+            // Its tasks may hold anything in any state: they are never looked at again. Kept in a
+            // list, so that leak checkers find them.
+            let kept = Box::into_raw(Box::new(Rc::clone(&self.queue))).expose_provenance();
+            LOST.lock().unwrap_or_else(PoisonError::into_inner).push(kept);
         }
         self.queues.fetch_sub(1, Ordering::AcqRel);
     }
@@ -175,6 +180,8 @@ fn complete(inner: &QueueInner, token: u64, ret: i64) {
         report(&Failure::invalid("the file host completes its operations itself"));
         return;
     }
+    // No errno: rubbish from the host must not be taken for anything else.
+    let ret = if ret < -4095 { -i64::from(libc::EIO) } else { ret };
     let mut known = true;
     let run = || known = host.callback_completion(token, ret);
     // A broken queue takes its operations back, too.

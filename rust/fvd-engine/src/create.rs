@@ -5,7 +5,7 @@
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf, STATUS_DATA};
-use crate::image::State;
+use crate::image::{State, faulty};
 use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil};
 use crate::request::{CreateParams, Preallocation};
 use crate::resize::check_base;
@@ -15,6 +15,7 @@ use fvd_format::limits::*;
 use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
 use fvd_format::{Header, PageZero, Region, RegionKind, bitmap};
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 /// Regions begin at multiples of this, so that no write granule is shared: bytes.
 const REGION_ALIGNMENT: u64 = 64 << 10;
@@ -82,6 +83,8 @@ impl<H: Host> Queue<H> {
             virtual_size,
             crypt_method: 0,
             clean: true,
+            // Without a base nothing is tracked until the first write, which may find one (FMT-140).
+            pristine: !has_base && self.image().limits(FileId::Image).grows_zeroed && params.preallocation == Preallocation::Off,
             incompatible: 0,
             compatible: if self.image().limits(FileId::Image).grows_zeroed { 0 } else { compatible::NON_ZEROING },
             autoclear: 0,
@@ -257,9 +260,21 @@ impl<H: Host> Queue<H> {
     }
 }
 
-/// Gives every region of a new flat image its place, and the data its offset. Room for a second
-/// bitmap is left free, so that one of another length can be built before the header flips to it.
+/// Gives every region of a new flat image its place, and the data its offset.
 fn place_regions(header: &mut Header, journal_size: u64) {
+    if header.covered > 0 {
+        header.data_offset = ceil(give_places(header, journal_size), DATA_ALIGNMENT);
+        return;
+    }
+    // Room for the regions of a bitmap made later (a hole: it costs addresses, not storage).
+    let mut later = header.clone();
+    (later.covered, later.block_size) = (header.virtual_size, default_block_size(header.virtual_size));
+    let end = if header.pristine && header.virtual_size > 0 { give_places(&mut later, journal_size) } else { REGIONS_START };
+    header.data_offset = ceil(end, DATA_ALIGNMENT);
+}
+
+/// Puts the regions of an image with a bitmap one behind the other; returns where they end.
+fn give_places(header: &mut Header, journal_size: u64) -> u64 {
     let mut at = REGIONS_START;
     let mut take = |length: u64| {
         let region = Region { offset: at, length, generation: 1, map_first: 0, count_sum: 0 };
@@ -267,13 +282,75 @@ fn place_regions(header: &mut Header, journal_size: u64) {
         Some(region)
     };
     let page = PAGE_SIZE as u64;
-    if header.covered > 0 {
-        let bitmap_pages = bitmap::pages(header.blocks());
-        *header.region_mut(RegionKind::PageMap) = take(bitmap_pages.div_ceil(PAYLOAD_BITS) * page);
-        *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE);
-        *header.region_mut(RegionKind::Journal) = take(journal_size);
-        *header.region_mut(RegionKind::Bitmap) = take(bitmap_pages * page);
-        take(bitmap_pages * page);
+    let bitmap_pages = bitmap::pages(header.blocks());
+    *header.region_mut(RegionKind::PageMap) = take(bitmap_pages.div_ceil(PAYLOAD_BITS) * page);
+    *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE);
+    *header.region_mut(RegionKind::Journal) = take(journal_size);
+    *header.region_mut(RegionKind::Bitmap) = take(bitmap_pages * page);
+    at
+}
+
+/// Puts the regions in front of the data, with the smallest blocks (the disk may have grown since
+/// room was left) and then the largest journal that fit. False if there is no room.
+fn fit_places(header: &mut Header) -> bool {
+    loop {
+        let end = give_places(header, JOURNAL_SIZE_MIN);
+        if end <= header.data_offset {
+            let spare = header.data_offset - end;
+            give_places(header, (JOURNAL_SIZE_MIN + spare / REGION_ALIGNMENT * REGION_ALIGNMENT).min(JOURNAL_SIZE_MAX));
+            return true;
+        }
+        if header.block_size >= BLOCK_SIZE_MAX {
+            return false;
+        }
+        header.block_size *= 2;
     }
-    header.data_offset = ceil(at, DATA_ALIGNMENT);
+}
+
+impl<H: Host> Queue<H> {
+    /// Ends the pristine state before the first write. If the image has a base by now, in the
+    /// header or attached by the host, it gets a bitmap, in which every block is still in the base.
+    ///
+    /// Order (CC-34): the new regions, synced, in space that nothing names; then the header names
+    /// them; then readers and writers see the bitmap.
+    pub(crate) async fn leave_pristine(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        if !image.map.pristine.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _one_at_a_time = image.pristine_lock.lock().await;
+        if !image.map.pristine.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut header = image.header();
+        let attached = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 >= 0;
+        header.pristine = false;
+        if (attached || !header.base_name.is_empty()) && header.virtual_size > 0 {
+            // Another base may follow, of another length: the bitmap covers the disk.
+            header.base_length = BASE_LENGTH_UNKNOWN;
+            header.block_size = default_block_size(header.virtual_size);
+            header.covered = header.virtual_size;
+            if !fit_places(&mut header) {
+                return fail(Kind::Unsupported, "there is no room for a bitmap in front of the data; create the image with its base");
+            }
+            for region in header.regions.iter().flatten() {
+                self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
+            }
+            self.write_initial_pages(&mut header, None).await?;
+            if !faulty!(image, RegionsAfterHeader) {
+                self.sync().await?;
+            }
+        }
+        self.update_header(|old| {
+            header.generation = old.generation;
+            *old = header;
+        })
+        .await?;
+        let header = image.header();
+        if header.covered > 0 {
+            self.load_page_map().await?;
+        }
+        image.publish(&header);
+        Ok(())
+    }
 }

@@ -26,15 +26,19 @@ pub enum Fault {
     HeaderOneCopy,
     /// A sync that failed is retried and then believed (R11).
     FailedSyncForgotten,
+    /// A poisoned image still writes (R11).
+    WritesAfterPoison,
     /// Overlapping copy-on-write requests do not wait for each other (R12).
     NoRangeLock,
+    /// A header names new regions before they are stable.
+    RegionsAfterHeader,
     /// Close sets the clean mark without a checkpoint.
     CleanWithoutCheckpoint,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 12] = [
+    pub const ALL: [Fault; 14] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -45,7 +49,9 @@ impl Fault {
         Self::NarrowHull,
         Self::HeaderOneCopy,
         Self::FailedSyncForgotten,
+        Self::WritesAfterPoison,
         Self::NoRangeLock,
+        Self::RegionsAfterHeader,
         Self::CleanWithoutCheckpoint,
     ];
 }

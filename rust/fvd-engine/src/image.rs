@@ -37,6 +37,8 @@ pub(crate) struct Map {
     pub(crate) data_offset: AtomicU64,
     /// Read-modify-write cycles under way: while there are any, every write asks the engine.
     pub(crate) serial_writes: AtomicU32,
+    /// Nothing was ever written and there is no bitmap yet: everything is in the base, or zero.
+    pub(crate) pristine: AtomicBool,
     pub(crate) bits: OnceLock<Bits>,
 }
 
@@ -106,6 +108,7 @@ pub struct Image {
     pub(crate) ranges: RangeLock,
     pub(crate) load_lock: AsyncMutex,
     pub(crate) header_lock: AsyncMutex,
+    pub(crate) pristine_lock: AsyncMutex,
     pub(crate) commit_wait: WaitQueue,
     pub(crate) checkpoint_wait: WaitQueue,
     tasks: AtomicUsize,
@@ -129,6 +132,7 @@ impl Image {
             ranges: RangeLock::default(),
             load_lock: AsyncMutex::default(),
             header_lock: AsyncMutex::default(),
+            pristine_lock: AsyncMutex::default(),
             commit_wait: WaitQueue::default(),
             checkpoint_wait: WaitQueue::default(),
             tasks: AtomicUsize::new(0),

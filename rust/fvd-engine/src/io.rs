@@ -68,8 +68,12 @@ pub(crate) fn ceil(value: u64, to: u64) -> u64 {
 }
 
 impl<H: Host> Queue<H> {
-    /// Does an operation and returns its result.
+    /// Does an operation and returns its result. Once the image is poisoned nothing is written any
+    /// more, whoever asks: a batch that was cut short must stay whole in its area (R11).
     pub(crate) async fn op(self: &Rc<Self>, op: HostOp<H::Buf>) -> Result<i64> {
+        if !matches!(op.kind, OpKind::Read | OpKind::GetLength | OpKind::BaseStatus) && !faulty!(self.image(), WritesAfterPoison) {
+            self.image().check_poison()?;
+        }
         let (ret, op) = self.io(op).await;
         result_of(&op, ret)
     }

@@ -53,7 +53,7 @@ impl Image {
     #[inline]
     fn place(&self, offset: u64, len: u64, write: bool) -> Option<(u64, u64)> {
         let map = &self.map;
-        if self.config.no_io || (write && (self.config.read_only || self.is_poisoned() || map.serial_writes.load(Ordering::Acquire) != 0)) {
+        if map.pristine.load(Ordering::Acquire) || self.config.no_io || (write && (self.config.read_only || self.is_poisoned() || map.serial_writes.load(Ordering::Acquire) != 0)) {
             return None;
         }
         let size = map.virtual_size.load(Ordering::Acquire);

@@ -167,12 +167,14 @@ impl Image {
     pub(crate) fn publish(&self, header: &Header) {
         let map = &self.map;
         map.data_offset.store(header.data_offset, Ordering::Release);
-        map.covered.store(header.covered, Ordering::Release);
         map.block_shift.store(if header.block_size == 0 { 0 } else { header.block_size.trailing_zeros() }, Ordering::Release);
         if header.covered > 0 {
             let _ = map.bits.set(Bits::new(header.blocks()));
         }
+        // After the bitmap, so that who sees the length finds the bits.
+        map.covered.store(header.covered, Ordering::Release);
         map.virtual_size.store(header.virtual_size, Ordering::Release);
+        map.pristine.store(header.pristine, Ordering::Release);
         let mut meta = self.meta();
         meta.was_clean = header.clean;
         meta.next_seq = header.first_seq;

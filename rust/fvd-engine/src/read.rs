@@ -36,7 +36,7 @@ impl<H: Host> Queue<H> {
     pub(crate) fn base_length(&self) -> u64 {
         let meta = self.image().meta();
         let header = meta.header.as_ref().expect("open image");
-        if header.base_length == BASE_LENGTH_UNKNOWN { u64::MAX } else { header.base_length }
+        if header.pristine || header.base_length == BASE_LENGTH_UNKNOWN { u64::MAX } else { header.base_length }
     }
 
     /// Fills `buf` from guest byte `offset` on.
@@ -80,6 +80,9 @@ impl<H: Host> Queue<H> {
     /// Whether guest byte `at` is in this image, and for how many of `len` bytes that holds.
     pub(crate) async fn state_of(self: &Rc<Self>, at: u64, len: u64) -> Result<(bool, u64)> {
         let map = &self.image().map;
+        if map.pristine.load(Ordering::Acquire) {
+            return Ok((false, len));
+        }
         let covered = map.covered.load(Ordering::Acquire);
         if at >= covered {
             return Ok((true, len));

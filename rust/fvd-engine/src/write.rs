@@ -39,6 +39,7 @@ impl<H: Host> Queue<H> {
         let len = buf.len();
         self.check_bounds(offset, len as u64)?;
         if len > 0 {
+            self.leave_pristine().await?;
             let (start, end) = self.lock_range(offset, len as u64);
             let image = self.image().clone();
             let _range = if faulty!(image, NoRangeLock) { None } else { Some(image.ranges.lock(start, end).await) };

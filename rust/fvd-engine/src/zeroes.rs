@@ -16,6 +16,7 @@ impl<H: Host> Queue<H> {
         image.check_writable()?;
         self.check_bounds(offset, len)?;
         if len > 0 {
+            self.leave_pristine().await?;
             let (start, end) = self.lock_range(offset, len);
             let _range = image.ranges.lock(start, end).await;
             self.wait_for_dirty_room().await?;

@@ -59,15 +59,17 @@ impl Run {
     }
 
     fn go(&mut self) {
-        let world = World::new(Store::default(), self.base.clone(), self.seed, self.limits);
+        // The base may be known at creation, only named, or come later as a surprise.
+        let (named, there) = *[(true, true), (true, true), (true, false), (false, false)].get(self.rng.below(4) as usize).unwrap();
+        let world = World::new(Store::default(), self.base.clone().filter(|_| there), self.seed, self.limits);
         let queue = world.queue(self.config(false));
-        let holes = self.rng.chance(30);
+        let holes = there && self.rng.chance(30);
         let params = CreateParams {
             virtual_size: Some(self.disk_sectors * SECTOR as u64),
             block_size: if self.rng.chance(70) { 4096 } else { 16384 },
             journal_size: 1 << 20,
-            base_name: "base".into(),
-            base_format: "raw".into(),
+            base_name: if named { "base".into() } else { String::new() },
+            base_format: if named { "raw".into() } else { String::new() },
             detect_sparse_hole: u64::from(holes),
             ..CreateParams::default()
         };

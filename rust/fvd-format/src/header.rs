@@ -226,6 +226,9 @@ pub struct Header {
     pub crypt_method: u32,
     /// The image was closed in good order: the journal holds nothing, pages are current.
     pub clean: bool,
+    /// Nothing was ever written: every block's state is in the base, or zero, though no bitmap says
+    /// so. Cleared, stable, before the first write.
+    pub pristine: bool,
     /// Incompatible feature bits.
     pub incompatible: u64,
     /// Compatible feature bits.
@@ -298,6 +301,7 @@ const _: () = assert!(at::REGIONS_END <= PAGE_SIZE);
 const _: () = assert!(at::BASE_NAME + PATH_MAX < at::BASE_FORMAT);
 
 const STATE_CLEAN: u32 = 1;
+const STATE_PRISTINE: u32 = 2;
 
 impl Header {
     /// The region of `kind`, if the image has one.
@@ -345,7 +349,8 @@ impl Header {
         put_u64(&mut page, at::GENERATION, self.generation);
         put_u64(&mut page, at::VIRTUAL_SIZE, self.virtual_size);
         page[at::CRYPT_METHOD..at::CRYPT_METHOD + 4].copy_from_slice(&self.crypt_method.to_be_bytes());
-        put_u32(&mut page, at::STATE, if self.clean { STATE_CLEAN } else { 0 });
+        let state = if self.clean { STATE_CLEAN } else { 0 } | if self.pristine { STATE_PRISTINE } else { 0 };
+        put_u32(&mut page, at::STATE, state);
         put_u64(&mut page, at::INCOMPATIBLE, self.incompatible);
         put_u64(&mut page, at::COMPATIBLE, self.compatible);
         put_u64(&mut page, at::AUTOCLEAR, self.autoclear);
@@ -411,6 +416,7 @@ impl Header {
             virtual_size: get_u64(page, at::VIRTUAL_SIZE),
             crypt_method: u32::from_be_bytes(page[at::CRYPT_METHOD..at::CRYPT_METHOD + 4].try_into().expect("four bytes")),
             clean: state & STATE_CLEAN != 0,
+            pristine: state & STATE_PRISTINE != 0,
             incompatible: get_u64(page, at::INCOMPATIBLE),
             compatible: get_u64(page, at::COMPATIBLE),
             autoclear: get_u64(page, at::AUTOCLEAR),
@@ -430,7 +436,7 @@ impl Header {
             base_format: string(at::BASE_FORMAT, FORMAT_NAME_MAX + 1, "base format")?,
             regions,
         };
-        if state & !STATE_CLEAN != 0 {
+        if state & !(STATE_CLEAN | STATE_PRISTINE) != 0 {
             return Err(FormatError::invalid("state", format!("unknown bits {state:#x}")));
         }
         if get_u32(page, at::LENGTH) != PAGE_SIZE as u32 {
@@ -490,6 +496,9 @@ impl Header {
             return Err(FormatError::invalid("base length", format!("{}", self.base_length)));
         }
         let has_bitmap = self.region(RegionKind::Bitmap).is_some();
+        if self.pristine && (has_bitmap || !self.clean) {
+            return Err(FormatError::invalid("state", "pristine, but with a bitmap or not clean"));
+        }
         if has_bitmap != (self.block_size != 0) || has_bitmap != (self.covered != 0) {
             return Err(FormatError::invalid("block size", "bitmap, block size and covered length go together"));
         }

@@ -89,6 +89,7 @@ fn valid_header() -> impl Strategy<Value = Header> {
                 virtual_size,
                 crypt_method: 0,
                 clean,
+                pristine: clean && !with_bitmap,
                 incompatible: 0,
                 compatible: n[1],
                 autoclear: n[2],

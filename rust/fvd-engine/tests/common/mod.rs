@@ -4,6 +4,8 @@
 //! bytes, and an oracle that knows which values each sector may have (C4).
 #![allow(dead_code)]
 
+pub mod sim;
+
 use fvd_engine::host::*;
 use fvd_engine::{Config, Error, Image, Queue, Reply, Request};
 use std::cell::{Cell, RefCell};
@@ -77,6 +79,12 @@ enum Change {
 pub struct Store {
     pages: BTreeMap<u64, Rc<[u8; 4096]>>,
     pub len: u64,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Store({} bytes)", self.len)
+    }
 }
 
 impl Store {
@@ -201,7 +209,18 @@ pub struct World {
     pub results: RefCell<Vec<(u64, Result<Reply, Error>)>>,
     pub log: RefCell<Vec<String>>,
     pub counts: RefCell<Counts>,
+    /// Operations performed, in order of completion.
+    pub trace: RefCell<Vec<Traced>>,
     pub limits: Limits,
+}
+
+/// One operation the host performed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traced {
+    pub kind: OpKind,
+    pub file: FileId,
+    pub offset: u64,
+    pub len: u64,
 }
 
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
@@ -224,8 +243,14 @@ impl Host for TestHost {
 
     fn submit(&self, token: Token, op: HostOp<Buf>) {
         let align = u64::from(self.0.limits.request_alignment);
-        if op.file != FileId::Base && matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard) {
+        if matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard) {
             assert!(op.offset % align == 0 && op.len % align == 0 && op.len > 0, "misaligned host request {op:?}");
+        }
+        assert!(op.file != FileId::Base || matches!(op.kind, OpKind::Read | OpKind::GetLength | OpKind::BaseStatus), "{op:?}");
+        for segment in &op.segments {
+            if let (Segment::Guest { buf, at, len }, true) = (segment, op.file != FileId::Base) {
+                assert!(buf.is_aligned(*at, *len, self.0.limits.memory_alignment as usize), "misaligned memory {op:?}");
+            }
         }
         if !op.segments.is_empty() {
             assert_eq!(op.segments.iter().map(|s| s.len() as u64).sum::<u64>(), op.len);
@@ -267,6 +292,7 @@ impl World {
             results: RefCell::default(),
             log: RefCell::default(),
             counts: RefCell::default(),
+            trace: RefCell::default(),
             limits,
         })
     }
@@ -280,6 +306,7 @@ impl World {
     fn perform(&self, op: &mut HostOp<Buf>, issued: usize) -> i64 {
         let mut disk = self.disk.borrow_mut();
         let mut counts = self.counts.borrow_mut();
+        self.trace.borrow_mut().push(Traced { kind: op.kind, file: op.file, offset: op.offset, len: op.len });
         let file_len = if op.file == FileId::Base {
             match &self.base {
                 None => return ENOMEDIUM,
@@ -350,7 +377,13 @@ impl World {
 
     /// Completes one operation, drawn from the seed. False if there is none, or the power went.
     pub fn step(&self, queue: &Rc<Queue<TestHost>>) -> bool {
-        let count = self.pending.borrow().len();
+        self.step_where(queue, |_| true)
+    }
+
+    /// The same, for operations that `may` end now: the others stay on their way.
+    pub fn step_where(&self, queue: &Rc<Queue<TestHost>>, may: impl Fn(&HostOp<Buf>) -> bool) -> bool {
+        let able: Vec<usize> = self.pending.borrow().iter().enumerate().filter(|(_, p)| may(&p.1)).map(|(i, _)| i).collect();
+        let count = able.len();
         if count == 0 {
             return false;
         }
@@ -361,7 +394,7 @@ impl World {
         self.ops.set(number + 1);
         self.now.set(self.now.get() + 1000);
         let pick = self.rng.borrow_mut().below(count as u64) as usize;
-        let (token, mut op, issued) = self.pending.borrow_mut().remove(pick);
+        let (token, mut op, issued) = self.pending.borrow_mut().remove(able[pick]);
         let fails = {
             let plan = self.plan.borrow();
             plan.fail_at.is_some_and(|at| number == at || (plan.fail_ever && number > at))

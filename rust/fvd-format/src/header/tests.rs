@@ -8,6 +8,7 @@ pub(super) fn sample() -> Header {
         virtual_size: 10 << 30,
         crypt_method: 0,
         clean: true,
+        pristine: false,
         incompatible: 0,
         compatible: 0,
         autoclear: 0,
@@ -75,6 +76,7 @@ fn a_wrong_field_is_named() {
     let cases: Vec<(&str, Box<dyn Fn(&mut Header)>)> = vec![
         ("incompatible features", Box::new(|h| h.incompatible = 1 << 63)),
         ("crypt method", Box::new(|h| h.crypt_method = 3)),
+        ("state", Box::new(|h| h.pristine = true)),
         ("virtual size", Box::new(|h| h.virtual_size += 1)),
         ("virtual size", Box::new(|h| h.virtual_size = 1 << 63)),
         ("generation or epoch", Box::new(|h| h.generation = 0)),

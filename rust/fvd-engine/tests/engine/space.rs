@@ -1,0 +1,429 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Bases of any length, holes, growth, block status, zeroes and discard.
+
+use crate::common::sim::*;
+use crate::common::*;
+use fvd_engine::host::{FileId, Limits, OpKind};
+use fvd_engine::{BlockStatus, Config, CreateParams, Kind, Place, Preallocation, Reply, Request};
+use fvd_format::header::BASE_LENGTH_UNKNOWN;
+
+const BLOCK: u64 = 4096;
+
+fn tagged(tag: u64, offset: u64, len: u64) -> Vec<u8> {
+    pattern(tag, offset / 512, len / 512)
+}
+
+/// The base's bytes as the guest sees them: cut or continued with zeroes.
+fn seen_of(base: &[u8], size: u64) -> Vec<u8> {
+    let mut out = base.to_vec();
+    out.resize(size as usize, 0);
+    out
+}
+
+#[test]
+fn past_a_shorter_base_the_disk_reads_zero_and_a_write_there_costs_one_write() {
+    let base = base_image(100);
+    let sim = Sim::new(over_base(MIB), Some(base.clone()));
+    assert_eq!(sim.read(0, MIB), seen_of(&base, MIB));
+    sim.write(512 * KIB, tagged(5, 512 * KIB, 4096));
+    sim.flush();
+    assert_eq!(sim.stats().commits, 0, "no bit covers what is past the base");
+    let again = Sim::open(&sim.crash(), Some(base));
+    assert_eq!(again.read(512 * KIB, 4096), tagged(5, 512 * KIB, 4096));
+    again.close();
+}
+
+#[test]
+fn a_longer_base_is_cut_at_the_disks_end() {
+    let base = base_image(4096);
+    let sim = Sim::new(over_base(MIB + 512), Some(base.clone()));
+    assert_eq!(sim.read(0, MIB + 512), seen_of(&base, MIB + 512));
+    sim.write(MIB, vec![9; 512]);
+    assert_eq!(sim.read(MIB, 512), vec![9; 512]);
+    assert_eq!(sim.ask(Request::Read { offset: MIB, buf: Buf::new(vec![0; 513]) }).unwrap_err().kind, Kind::OutOfRange);
+    sim.close();
+}
+
+#[test]
+fn a_base_that_is_absent_reads_as_zero_and_may_come_later() {
+    let image = create(over_base(MIB), None, limits(1)).unwrap();
+    let sim = Sim::open(&image, None);
+    assert_eq!(sim.info().header.base_length, BASE_LENGTH_UNKNOWN);
+    assert_eq!(sim.info().header.covered, MIB);
+    assert_eq!(sim.read(0, MIB), vec![0; MIB as usize]);
+    // A partly written block takes its rest from where there is nothing.
+    sim.write(10 * BLOCK + 512, tagged(7, 10 * BLOCK + 512, 512));
+    assert_eq!(sim.world.log.borrow().as_slice(), [""; 0]);
+    let image = sim.close();
+    let base = base_image(300);
+    let sim = Sim::open(&image, Some(base.clone()));
+    let mut expect = seen_of(&base, MIB);
+    expect[10 * 4096..11 * 4096].fill(0);
+    expect[10 * 4096 + 512..10 * 4096 + 1024].copy_from_slice(&tagged(7, 10 * BLOCK + 512, 512));
+    assert_eq!(sim.read(0, MIB), expect);
+    sim.close();
+}
+
+#[test]
+fn a_recorded_base_length_is_honoured_with_a_warning() {
+    let base = base_image(256);
+    let image = create(over_base(MIB), Some(base.clone()), limits(1)).unwrap();
+    for (sectors, warned) in [(256, false), (200, true), (2048, true)] {
+        let other = base_image(sectors);
+        let sim = Sim::open(&image, Some(other.clone()));
+        let mut expect = seen_of(&other[..other.len().min(base.len())], MIB);
+        expect.resize(MIB as usize, 0);
+        assert_eq!(sim.read(0, MIB), expect, "base of {sectors} sectors");
+        // Copy-on-write takes the same bytes.
+        let at = 255 * 512;
+        sim.write(at - 512, vec![3; 512]);
+        expect[at as usize - 512..at as usize].fill(3);
+        assert_eq!(sim.read(0, MIB), expect, "base of {sectors} sectors, after a write");
+        let log = sim.world.log.borrow().join("\n");
+        assert_eq!(log.contains("the base has") && log.contains("reads as zero"), warned, "{log}");
+        sim.close();
+    }
+}
+
+#[test]
+fn a_base_of_odd_length_ends_within_a_sector() {
+    let mut base = base_image(20);
+    base.truncate(20 * 512 - 100);
+    let sim = Sim::new(over_base(64 * KIB), Some(base.clone()));
+    assert_eq!(sim.info().header.base_length, 20 * 512);
+    assert_eq!(sim.read(0, 64 * KIB), seen_of(&base, 64 * KIB));
+    sim.write(16 * 512, vec![1; 10]);
+    let mut expect = seen_of(&base, 64 * KIB);
+    expect[16 * 512..16 * 512 + 10].fill(1);
+    assert_eq!(sim.read(0, 64 * KIB), expect);
+    sim.close();
+}
+
+/// Blocks 0, 1 data, 2 zero, 3 data, 4–7 zero, 8 data, 9 data up to its middle.
+fn holed() -> Vec<u8> {
+    let mut base = tagged(1, 0, 10 * BLOCK);
+    for block in [2, 4, 5, 6, 7] {
+        base[block * 4096..(block + 1) * 4096].fill(0);
+    }
+    base.truncate(9 * 4096 + 2048);
+    base
+}
+
+#[test]
+fn zero_runs_of_the_base_are_found_when_asked_for() {
+    for (least, present) in [(0, vec![]), (1, vec![2, 4, 5, 6, 7]), (4097, vec![4, 5, 6, 7]), (4 * 4096, vec![4, 5, 6, 7]), (4 * 4096 + 1, vec![])] {
+        let params = CreateParams { detect_sparse_hole: least, ..over_base(MIB) };
+        let sim = Sim::new(params, Some(holed()));
+        for block in 0..10 {
+            let status = sim.status(block * BLOCK, BLOCK);
+            let data = matches!(status.place, Place::Data { .. });
+            assert_eq!(data, present.contains(&block), "runs of {least}, block {block}: {status:?}");
+        }
+        assert_eq!(sim.read(0, MIB), seen_of(&holed(), MIB));
+        assert_eq!(sim.check().0, 0);
+        // What is known to be zero is written without a copy and without a commit.
+        if present.contains(&5) {
+            sim.counts();
+            sim.write(5 * BLOCK + 7, vec![1; 9]);
+            sim.flush();
+            let counts = sim.counts();
+            assert_eq!((counts.writes, counts.syncs, counts.reads), (1, 1, 0));
+        }
+        let image = sim.close();
+        assert_eq!(Sim::open(&image, Some(holed())).check().0, 0);
+    }
+    let params = CreateParams { detect_sparse_hole: 1, base_name: String::new(), base_format: String::new(), ..over_base(MIB) };
+    assert_eq!(create(params, None, limits(1)).unwrap_err().kind, Kind::Invalid);
+    let params = CreateParams { detect_sparse_hole: 1, ..over_base(MIB) };
+    assert_eq!(create(params, None, limits(1)).unwrap_err().kind, Kind::Invalid);
+}
+
+#[test]
+fn holes_are_not_preset_on_storage_that_does_not_read_as_zero() {
+    let limits = Limits { grows_zeroed: false, ..Limits::default() };
+    let mut noise = Store::default();
+    for page in 0..2048 {
+        noise.write(page * 4096, &tagged(99, page * 4096, 4096));
+    }
+    let world = World::new(noise, Some(holed()), 1, limits);
+    let queue = world.queue(Config::default());
+    let params = CreateParams { detect_sparse_hole: 1, preallocation: Preallocation::Full, ..over_base(MIB) };
+    world.request(&queue, Request::Create(Box::new(params))).unwrap().unwrap();
+    assert!(world.log.borrow().join("").contains("detect_sparse_hole is ignored"));
+    let image = world.disk.borrow().stable.clone();
+    let sim = Sim::try_open(&image, Some(holed()), limits, Config::default()).unwrap();
+    assert_eq!(sim.status(2 * BLOCK, BLOCK).place, Place::Base);
+    assert_eq!(sim.read(0, MIB), seen_of(&holed(), MIB));
+    sim.write(2 * BLOCK + 5, vec![8; 3]);
+    let mut expect = seen_of(&holed(), MIB);
+    expect[2 * 4096 + 5..2 * 4096 + 8].fill(8);
+    assert_eq!(sim.read(0, MIB), expect);
+    sim.close();
+}
+
+#[test]
+fn preallocation_writes_what_it_says() {
+    for (how, written) in [(Preallocation::Off, 0), (Preallocation::Metadata, 0), (Preallocation::Falloc, 0), (Preallocation::Full, MIB)] {
+        let world = World::new(Store::default(), Some(base_image(64)), 1, limits(1));
+        let queue = world.queue(Config::default());
+        let params = CreateParams { preallocation: how, ..over_base(MIB) };
+        world.request(&queue, Request::Create(Box::new(params))).unwrap().unwrap();
+        let image = world.disk.borrow().stable.clone();
+        let sim = Sim::open(&image, Some(base_image(64)));
+        let data = sim.info().header.data_offset;
+        let trace = world.trace.borrow();
+        let bytes = |wanted: fn(OpKind) -> bool| trace.iter().filter(|t| wanted(t.kind) && t.offset >= data).map(|t| t.len).sum::<u64>();
+        assert_eq!(bytes(|k| matches!(k, OpKind::Write { .. })), written, "{how:?}");
+        let allocated = if how == Preallocation::Falloc { MIB } else { 0 };
+        assert_eq!(bytes(|k| k == OpKind::WriteZeroes { may_unmap: false }), allocated, "{how:?}");
+        assert_eq!(sim.read(0, MIB), seen_of(&base_image(64), MIB));
+        sim.close();
+    }
+}
+
+#[test]
+fn a_grown_disk_reads_zero_behind_and_survives_a_cut() {
+    let base = base_image(4096);
+    let sim = Sim::new(over_base(MIB), Some(base.clone()));
+    sim.ask(Request::Resize { size: 2 * MIB, zeroed: true }).unwrap();
+    assert_eq!(sim.read(MIB, MIB), vec![0; MIB as usize], "never the longer base's bytes");
+    sim.write(2 * MIB - 512, vec![4; 512]);
+    sim.flush();
+    let sim = Sim::open(&sim.crash(), Some(base.clone()));
+    assert_eq!(sim.info().header.virtual_size, 2 * MIB);
+    let mut expect = base[..MIB as usize].to_vec();
+    expect.resize(2 * MIB as usize, 0);
+    expect[2 * MIB as usize - 512..].fill(4);
+    assert_eq!(sim.read(0, 2 * MIB), expect);
+    assert_eq!(sim.ask(Request::Resize { size: MIB, zeroed: false }).unwrap_err().kind, Kind::Unsupported);
+    assert_eq!(sim.ask(Request::Resize { size: 2 * MIB + 1, zeroed: false }).unwrap_err().kind, Kind::Invalid);
+    assert_eq!(sim.ask(Request::Resize { size: 1 << 63, zeroed: false }).unwrap_err().kind, Kind::OutOfRange);
+    assert_eq!(sim.ask(Request::Resize { size: !511, zeroed: false }).unwrap_err().kind, Kind::OutOfRange);
+    sim.close();
+}
+
+/// The last covered block may be partial; growth puts guest data behind its covered part.
+#[test]
+fn copy_on_write_stops_where_the_bitmap_ends() {
+    for align in [1, 512, 4096] {
+        let base = base_image(64);
+        let image = create(over_base(10 * 512), Some(base.clone()), limits(align)).unwrap();
+        let sim = Sim::try_open(&image, Some(base.clone()), limits(align), Config::default()).unwrap();
+        sim.ask(Request::Resize { size: 40 * 512, zeroed: true }).unwrap();
+        let mut expect = base[..10 * 512].to_vec();
+        expect.resize(40 * 512, 0);
+        assert_eq!(sim.read(0, 40 * 512), expect, "alignment {align}: grown");
+        sim.write(12 * 512, vec![7; 512]);
+        expect[12 * 512..13 * 512].fill(7);
+        sim.write(8 * 512, vec![6; 512]);
+        expect[8 * 512..9 * 512].fill(6);
+        assert_eq!(sim.read(0, 40 * 512), expect, "alignment {align}: written");
+        sim.close();
+    }
+}
+
+#[test]
+fn zeroing_stops_copying_where_the_bitmap_ends() {
+    let base = base_image(64);
+    let sim = Sim::new(over_base(10 * 512), Some(base.clone()));
+    sim.ask(Request::Resize { size: 40 * 512, zeroed: true }).unwrap();
+    sim.write(12 * 512, vec![7; 512]);
+    sim.ask(Request::WriteZeroes { offset: 8 * 512, len: 512, may_unmap: true, fua: false }).unwrap();
+    let mut expect = base[..10 * 512].to_vec();
+    expect.resize(40 * 512, 0);
+    expect[8 * 512..9 * 512].fill(0);
+    expect[12 * 512..13 * 512].fill(7);
+    assert_eq!(sim.read(0, 40 * 512), expect);
+    sim.close();
+}
+
+#[test]
+fn two_growths_at_once_never_shrink_the_disk() {
+    for seed in 0..40 {
+        let base = base_image(64);
+        let image = create(over_base(MIB), Some(base.clone()), limits(1)).unwrap();
+        let world = World::new(image, Some(base), seed, limits(1));
+        let queue = world.queue(Config::default());
+        world.request(&queue, Request::Open).unwrap().unwrap();
+        queue.submit(Request::Resize { size: 3 * MIB, zeroed: true }, 1);
+        queue.submit(Request::Resize { size: 2 * MIB, zeroed: true }, 2);
+        let (mut sizes, mut largest) = (Vec::new(), MIB);
+        while world.step(&queue) {
+            let size = queue.image().info().unwrap().header.virtual_size;
+            assert!(size >= largest, "seed {seed}: the disk had {largest} bytes and has {size}");
+            largest = size;
+            sizes.push(size);
+        }
+        assert!(world.results.borrow().iter().any(|r| r.0 == 1 && r.1.is_ok()));
+        assert_eq!(sizes.last(), Some(&(3 * MIB)), "seed {seed}");
+        world.request(&queue, Request::Close).unwrap().unwrap();
+    }
+}
+
+#[test]
+fn trailing_bytes_behind_the_image_never_show_up_by_growth() {
+    let base = base_image(64);
+    let mut image = create(over_base(MIB), Some(base.clone()), limits(1)).unwrap();
+    let end = image.len;
+    image.write(end, &tagged(66, 0, 64 * KIB));
+    let sim = Sim::open(&image, Some(base));
+    sim.ask(Request::Resize { size: 2 * MIB, zeroed: true }).unwrap();
+    assert_eq!(sim.read(MIB, MIB), vec![0; MIB as usize]);
+    sim.close();
+}
+
+#[test]
+fn block_status_says_what_the_bits_say() {
+    let base = base_image(128 * 8);
+    let sim = Sim::new(over_base(MIB), Some(base));
+    let mut present = [false; 128];
+    let mut rng = Rng::new(3);
+    for _ in 0..40 {
+        let (first, count) = (rng.below(128), 1 + rng.below(3));
+        let last = (first + count).min(128);
+        sim.write(first * BLOCK, vec![1; ((last - first) * BLOCK) as usize]);
+        present[first as usize..last as usize].fill(true);
+    }
+    let data_offset = sim.info().header.data_offset;
+    for _ in 0..300 {
+        let offset = rng.below(MIB / 512 - 1) * 512;
+        let len = 512 * (1 + rng.below((MIB - offset) / 512));
+        let is = present[(offset / BLOCK) as usize];
+        let mut end = offset;
+        while end < offset + len && present[(end / BLOCK) as usize] == is {
+            end = (end / BLOCK + 1) * BLOCK;
+        }
+        let expect = BlockStatus {
+            place: if is { Place::Data { file: FileId::Image, offset: data_offset + offset } } else { Place::Base },
+            len: end.min(offset + len) - offset,
+        };
+        assert_eq!(sim.status(offset, len), expect, "{len} at {offset}");
+    }
+    assert_eq!(sim.ask(Request::BlockStatus { offset: 0, len: 0 }).unwrap_err().kind, Kind::Invalid);
+    assert_eq!(sim.ask(Request::BlockStatus { offset: MIB, len: 1 }).unwrap_err().kind, Kind::OutOfRange);
+    assert_eq!(sim.ask(Request::BlockStatus { offset: u64::MAX, len: u64::MAX }).unwrap_err().kind, Kind::OutOfRange);
+    sim.close();
+    // Past a recorded base, within the last block that the bitmap covers: zero.
+    let sim = Sim::new(over_base(MIB), Some(base_image(9)));
+    assert_eq!(sim.status(0, MIB), BlockStatus { place: Place::Base, len: 9 * 512 });
+    assert_eq!(sim.status(9 * 512, MIB - 9 * 512), BlockStatus { place: Place::Zero, len: 7 * 512 });
+    sim.close();
+}
+
+#[test]
+fn zeroes_hide_the_base_and_stay_after_a_flush() {
+    let base = base_image(2048);
+    let sim = Sim::new(over_base(MIB), Some(base.clone()));
+    let mut expect = base.clone();
+    sim.write(40 * BLOCK, tagged(2, 40 * BLOCK, 8 * BLOCK));
+    expect[40 * 4096..48 * 4096].copy_from_slice(&tagged(2, 40 * BLOCK, 8 * BLOCK));
+    for (offset, len, may_unmap) in [(0, BLOCK, false), (3 * BLOCK + 512, 1024, true), (10 * BLOCK + 100, 9 * BLOCK, true), (44 * BLOCK, 20 * BLOCK + 1, false)] {
+        sim.ask(Request::WriteZeroes { offset, len, may_unmap, fua: false }).unwrap();
+        expect[offset as usize..(offset + len) as usize].fill(0);
+        assert!(sim.read(0, MIB) == expect, "zeroes of {len} at {offset}");
+    }
+    // Durable on completion where asked for.
+    sim.ask(Request::WriteZeroes { offset: 100 * BLOCK, len: 4 * BLOCK, may_unmap: true, fua: true }).unwrap();
+    expect[100 * 4096..104 * 4096].fill(0);
+    let sim = Sim::open(&sim.crash(), Some(base));
+    assert!(sim.read(0, MIB) == expect);
+    assert_eq!(sim.ask(Request::WriteZeroes { offset: MIB, len: 1, may_unmap: true, fua: false }).unwrap_err().kind, Kind::OutOfRange);
+    sim.close();
+}
+
+#[test]
+fn a_zeroed_range_that_storage_zeroes_is_not_written() {
+    let sim = Sim::new(over_base(64 * MIB), Some(base_image(2048)));
+    sim.counts();
+    sim.ask(Request::WriteZeroes { offset: 0, len: 64 * MIB, may_unmap: true, fua: false }).unwrap();
+    assert_eq!(sim.counts().writes, 0);
+    assert_eq!(sim.read(0, MIB), vec![0; MIB as usize]);
+    sim.close();
+}
+
+#[test]
+fn discard_gives_back_what_is_here_and_leaves_what_is_in_the_base() {
+    let base = base_image(2048);
+    let sim = Sim::new(over_base(MIB), Some(base.clone()));
+    sim.write(4 * BLOCK, tagged(2, 4 * BLOCK, 4 * BLOCK));
+    sim.world.trace.borrow_mut().clear();
+    sim.ask(Request::Discard { offset: 2 * BLOCK + 100, len: 4 * BLOCK }).unwrap();
+    let data = sim.info().header.data_offset;
+    let discards: Vec<_> = sim.world.trace.borrow().iter().filter(|t| t.kind == OpKind::Discard).map(|t| (t.offset - data, t.len)).collect();
+    assert_eq!(discards, [(4 * BLOCK, 2 * BLOCK)], "whole sectors of what is in the image");
+    assert_eq!(sim.read(0, 4 * BLOCK), base[..4 * 4096]);
+    assert_eq!(sim.read(4 * BLOCK, 2 * BLOCK), vec![0; 8192]);
+    assert_eq!(sim.read(6 * BLOCK, 2 * BLOCK), tagged(2, 6 * BLOCK, 2 * BLOCK));
+    assert_eq!(sim.ask(Request::Discard { offset: MIB - 1, len: 2 }).unwrap_err().kind, Kind::OutOfRange);
+    sim.ask(Request::Discard { offset: MIB, len: 0 }).unwrap();
+    sim.close();
+}
+
+#[test]
+fn creation_says_what_is_wrong_with_which_value() {
+    let wrong = |change: &dyn Fn(&mut CreateParams), word: &str| {
+        let mut params = over_base(MIB);
+        change(&mut params);
+        let error = create(params, Some(base_image(64)), limits(1)).unwrap_err();
+        assert!(error.text.contains(word), "{error}");
+    };
+    wrong(&|p| p.virtual_size = Some(1000), "1000");
+    wrong(&|p| p.virtual_size = Some(1 << 63), "size");
+    wrong(&|p| p.virtual_size = Some(u64::MAX), "size");
+    wrong(&|p| p.block_size = 2048, "block_size 2048");
+    wrong(&|p| p.block_size = 12288, "block_size 12288");
+    wrong(&|p| p.block_size = 4 << 20, "block_size 4194304");
+    wrong(&|p| p.journal_size = MIB - 1, "journal_size 1048575");
+    wrong(&|p| p.journal_size = 257 * MIB, "journal_size");
+    wrong(&|p| p.journal_size = MIB + 4096, "journal_size");
+    wrong(&|p| p.base_format = String::new(), "format");
+    wrong(&|p| p.base_name = String::new(), "base");
+    wrong(&|p| p.base_name = "x".repeat(1024), "1024");
+    wrong(&|p| p.base_format = "x".repeat(32), "32");
+    wrong(&|p| p.base_name = "a\0b".into(), "path");
+    let no_size = CreateParams { virtual_size: None, ..over_base(0) };
+    assert!(create(no_size.clone(), None, limits(1)).unwrap_err().text.contains("size"));
+    // With a base its length is the default.
+    let sim = Sim::new(no_size, Some(base_image(100)));
+    assert_eq!(sim.info().header.virtual_size, 100 * 512);
+    sim.close();
+}
+
+#[test]
+fn a_disk_without_a_base_serves_everything_and_a_disk_of_nothing_opens() {
+    for size in [0, 512, MIB] {
+        let params = CreateParams { base_name: String::new(), base_format: String::new(), ..over_base(size) };
+        let sim = Sim::new(params, None);
+        assert_eq!(sim.read(0, size), vec![0; size as usize]);
+        if size > 0 {
+            sim.write(size - 512, vec![1; 512]);
+            sim.flush();
+        }
+        assert_eq!(sim.check().0, 0);
+        let sim = Sim::open(&sim.crash(), None);
+        if size > 0 {
+            assert_eq!(sim.read(size - 512, 512), vec![1; 512]);
+        }
+        assert_eq!(sim.ask(Request::Check).map(|r| matches!(r, Reply::Check(_))), Ok(true));
+        sim.close();
+    }
+}
+
+#[test]
+fn a_named_base_changes_without_changing_the_blocks() {
+    let base = base_image(64);
+    let sim = Sim::new(over_base(MIB), Some(base.clone()));
+    sim.write(0, vec![1; 4096]);
+    sim.ask(Request::ChangeBase { name: "other".into(), format: "qcow2".into() }).unwrap();
+    assert_eq!(sim.ask(Request::ChangeBase { name: "other".into(), format: String::new() }).unwrap_err().kind, Kind::Invalid);
+    sim.flush();
+    let sim = Sim::open(&sim.crash(), Some(base.clone()));
+    let header = sim.info().header;
+    assert_eq!((header.base_name.as_str(), header.base_format.as_str()), ("other", "qcow2"));
+    let mut expect = seen_of(&base, MIB);
+    expect[..4096].fill(1);
+    assert_eq!(sim.read(0, MIB), expect);
+    sim.ask(Request::ChangeBase { name: String::new(), format: String::new() }).unwrap();
+    assert_eq!(sim.read(0, MIB), expect);
+    sim.close();
+}
