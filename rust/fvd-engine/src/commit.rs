@@ -242,6 +242,16 @@ impl<H: Host> Queue<H> {
     pub(crate) async fn background_commit(self: &Rc<Self>) {
         if let Err(error) = self.commit_metadata().await {
             self.host().log(LogLevel::Error, &error.context("background commit").text);
+            // What stays uncommitted stays bounded in time: again after the interval.
+            let image = self.image();
+            let arm = {
+                let mut meta = image.meta();
+                let wanted = !meta.pending.is_empty() && !image.is_poisoned();
+                wanted.then(|| meta.arm_timer(self.host().now_ns(), image.config.commit_interval_ns)).flatten()
+            };
+            if let Some(at) = arm {
+                self.host().set_timer(at);
+            }
         }
     }
 }

@@ -318,14 +318,13 @@ impl<H: Host> Queue<H> {
         if !image.map.pristine.load(Ordering::Acquire) {
             return Ok(());
         }
-        let _one_at_a_time = image.pristine_lock.lock().await;
+        let _one_at_a_time = image.layout_lock.lock().await;
         if !image.map.pristine.load(Ordering::Acquire) {
             return Ok(());
         }
         let mut header = image.header();
-        let attached = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 >= 0;
         header.pristine = false;
-        if (attached || !header.base_name.is_empty()) && header.virtual_size > 0 {
+        if header.virtual_size > 0 && self.has_base().await {
             // Another base may follow, of another length: the bitmap covers the disk.
             header.base_length = BASE_LENGTH_UNKNOWN;
             header.block_size = default_block_size(header.virtual_size);

@@ -86,11 +86,22 @@ pub(crate) struct Meta {
     pub(crate) commit_queued: bool,
     pub(crate) checkpointing: bool,
     pub(crate) checkpoint_error: Option<Error>,
-    pub(crate) timer_armed: bool,
+    /// When the commit timer fires, on whichever queue armed it.
+    pub(crate) timer_at: Option<u64>,
     pub(crate) segments_loaded: u64,
     pub(crate) was_clean: bool,
     pub(crate) commits_replayed: u64,
     pub(crate) stats: Stats,
+}
+
+impl Meta {
+    /// The time to set the commit timer to, unless it is set. One that is long overdue was on a
+    /// queue that is gone.
+    pub(crate) fn arm_timer(&mut self, now: u64, interval: u64) -> Option<u64> {
+        let at = now.saturating_add(interval);
+        let armed = self.timer_at.is_some_and(|at| at.saturating_add(interval) > now);
+        (!armed).then(|| *self.timer_at.insert(at))
+    }
 }
 
 /// One image, shared by its queues. State moves New → Open → Closed.
@@ -108,7 +119,8 @@ pub struct Image {
     pub(crate) ranges: RangeLock,
     pub(crate) load_lock: AsyncMutex,
     pub(crate) header_lock: AsyncMutex,
-    pub(crate) pristine_lock: AsyncMutex,
+    /// Held by whatever changes size, base or regions.
+    pub(crate) layout_lock: AsyncMutex,
     pub(crate) commit_wait: WaitQueue,
     pub(crate) checkpoint_wait: WaitQueue,
     tasks: AtomicUsize,
@@ -132,7 +144,7 @@ impl Image {
             ranges: RangeLock::default(),
             load_lock: AsyncMutex::default(),
             header_lock: AsyncMutex::default(),
-            pristine_lock: AsyncMutex::default(),
+            layout_lock: AsyncMutex::default(),
             commit_wait: WaitQueue::default(),
             checkpoint_wait: WaitQueue::default(),
             tasks: AtomicUsize::new(0),
@@ -250,7 +262,7 @@ impl Image {
     /// Whether pending changes are to be committed now that the timer fired.
     pub(crate) fn timer_fired(&self) -> bool {
         let mut meta = self.meta();
-        meta.timer_armed = false;
+        meta.timer_at = None;
         !meta.pending.is_empty() && self.state() == State::Open && !self.is_poisoned()
     }
 

@@ -17,6 +17,11 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         image.check_writable()?;
         self.check_sectors("size", size)?;
+        if image.map.pristine.load(Ordering::Acquire) && self.has_base().await {
+            // Only a bitmap can say that the new part is not in the base.
+            self.leave_pristine().await?;
+        }
+        let _one_at_a_time = image.layout_lock.lock().await;
         let header = image.header();
         if size > VIRTUAL_SIZE_MAX || header.data_offset + size > i64::MAX as u64 {
             return fail(Kind::OutOfRange, format!("size {size} is above the format's {VIRTUAL_SIZE_MAX} bytes"));
@@ -51,10 +56,17 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
+    /// Whether the image has a base, in the header or attached by the host.
+    pub(crate) async fn has_base(self: &Rc<Self>) -> bool {
+        !self.image().header().base_name.is_empty() || self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 >= 0
+    }
+
     /// Records another base name. Which blocks are in the image does not change.
     pub(crate) async fn change_base(self: &Rc<Self>, name: String, format: String) -> Result<()> {
         self.image().check_writable()?;
         check_base(&name, &format)?;
+        let image = self.image().clone();
+        let _one_at_a_time = image.layout_lock.lock().await;
         self.update_header(|header| {
             header.base_name = name;
             header.base_format = format;

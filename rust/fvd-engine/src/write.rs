@@ -61,7 +61,6 @@ impl<H: Host> Queue<H> {
     pub(crate) async fn write_locked(self: &Rc<Self>, offset: u64, payload: Payload<H::Buf>) -> Result<()> {
         let image = self.image().clone();
         let end = offset + payload.len() as u64;
-        let size = image.map.virtual_size.load(Ordering::Acquire);
         let covered = image.map.covered.load(Ordering::Acquire);
         let shift = image.map.block_shift.load(Ordering::Relaxed);
         let block = 1u64 << shift;
@@ -77,8 +76,9 @@ impl<H: Host> Queue<H> {
             if head_start < offset && !self.run_of(first, first + 1).await?.0 {
                 head = self.read_base_own(head_start, offset - head_start).await?;
             }
-            let tail_end = ceil(end, block).min(size);
-            if end < covered && end < tail_end && !self.run_of(last, last + 1).await?.0 && !faulty!(image, NarrowHull) {
+            // What lies behind the covered length is in this image, bit or no bit.
+            let tail_end = ceil(end, block).min(covered);
+            if end < tail_end && !self.run_of(last, last + 1).await?.0 && !faulty!(image, NarrowHull) {
                 tail = self.read_base_own(end, tail_end - end).await?;
             }
         }
@@ -190,7 +190,7 @@ impl<H: Host> Queue<H> {
     pub(crate) fn set_bits(self: &Rc<Self>, first: u64, end: u64) {
         let image = self.image();
         let bits = image.bits();
-        let mut arm = false;
+        let mut arm = None;
         let mut commit = false;
         {
             let mut meta = image.meta();
@@ -211,13 +211,13 @@ impl<H: Host> Queue<H> {
                 at += len;
             }
             if !meta.pending.is_empty() {
-                arm = !std::mem::replace(&mut meta.timer_armed, true);
+                arm = meta.arm_timer(self.host().now_ns(), image.config.commit_interval_ns);
                 let half = meta.header.as_ref().expect("open").journal_units() / 2;
                 commit = meta.pending_units() > half / 4 && !meta.committing && !std::mem::replace(&mut meta.commit_queued, true);
             }
         }
-        if arm {
-            self.host().set_timer(self.host().now_ns().saturating_add(image.config.commit_interval_ns));
+        if let Some(at) = arm {
+            self.host().set_timer(at);
         }
         if commit {
             self.spawn(Job::Commit);

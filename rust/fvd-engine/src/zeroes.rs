@@ -39,7 +39,7 @@ impl<H: Host> Queue<H> {
             from = stop;
         }
         let mut to = end;
-        if to > from && to < covered && to % block != 0 && to != size && !self.state_of(to - 1, 1).await?.0 {
+        if to > from && to < covered && to % block != 0 && !self.state_of(to - 1, 1).await?.0 {
             let stop = floor(to, block).max(from);
             self.zero_by_writing(stop, to).await?;
             to = stop;

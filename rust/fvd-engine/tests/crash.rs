@@ -20,6 +20,8 @@ struct Run {
     limits: Limits,
     /// Journal units after which a checkpoint starts: small, so that there are many.
     checkpoint_after: u64,
+    /// The base was neither named nor there at creation.
+    surprise: bool,
     rng: Rng,
     next_tag: u64,
     oracle: Oracle,
@@ -51,7 +53,7 @@ impl Run {
         let limits = Limits { request_alignment: align, memory_alignment: 1, write_granule: granule, ..Limits::default() };
         let oracle = Oracle::new(disk_sectors, Some(&base));
         let checkpoint_after = if rng.chance(70) { 1 + rng.below(12) } else { 0 };
-        Self { seed, fault, disk_sectors, base: Some(base), limits, checkpoint_after, rng, next_tag: 100, oracle }
+        Self { seed, fault, disk_sectors, base: Some(base), limits, checkpoint_after, surprise: false, rng, next_tag: 100, oracle }
     }
 
     fn config(&self, read_only: bool) -> Config {
@@ -61,6 +63,7 @@ impl Run {
     fn go(&mut self) {
         // The base may be known at creation, only named, or come later as a surprise.
         let (named, there) = *[(true, true), (true, true), (true, false), (false, false)].get(self.rng.below(4) as usize).unwrap();
+        self.surprise = !named;
         let world = World::new(Store::default(), self.base.clone().filter(|_| there), self.seed, self.limits);
         let queue = world.queue(self.config(false));
         let holes = there && self.rng.chance(30);
@@ -87,6 +90,8 @@ impl Run {
         let queue = world.queue(self.config(false));
         // A cut may come during recovery already.
         let cut = self.rng.chance(70).then(|| if self.rng.chance(25) { self.rng.below(40) } else { 20 + self.rng.below(400) });
+        // The first write of an image that has no bitmap yet is short and busy.
+        let cut = if session == 0 && self.surprise && self.rng.chance(60) { Some(self.rng.below(30)) } else { cut };
         // Or an operation fails, once or from then on.
         let fails = self.rng.chance(30);
         *world.plan.borrow_mut() = Plan {
@@ -216,9 +221,11 @@ impl Run {
 
     fn after_cut(&mut self, world: Rc<World>, queue: Rc<fvd_engine::Queue<TestHost>>) -> Store {
         world.results.borrow_mut().clear();
+        let queue_header = queue.image().info().ok().map(|info| info.header);
         // The queue's tasks refer to it: it is never dropped, as in a process that was killed.
         std::mem::forget(queue);
-        world.disk.borrow_mut().cut(&mut self.rng);
+        world.disk.borrow_mut().data_offset = queue_header.map_or(0, |h| h.data_offset);
+        world.cut(&mut self.rng);
         let bytes = std::mem::replace(&mut *world.disk.borrow_mut(), Disk::new(Store::default())).stable;
         self.verify(bytes, "cut")
     }
@@ -285,7 +292,7 @@ fn planted_faults_are_caught() {
     let mut missed = Vec::new();
     let only = std::env::var("FVD_FAULT").ok();
     for fault in Fault::ALL.into_iter().filter(|f| only.as_ref().is_none_or(|name| format!("{f:?}") == *name)) {
-        let limit = 400;
+        let limit = 3000;
         match (0..limit).find_map(|seed| run(seed, Some(fault)).err().map(|text| (seed, text))) {
             Some((seed, text)) => println!("{fault:?}: seed {seed}: {}", text.lines().next().unwrap_or_default()),
             None => missed.push(fault),

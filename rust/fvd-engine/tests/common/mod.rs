@@ -148,11 +148,14 @@ pub struct Disk {
     pub stable: Store,
     pub view: Store,
     unflushed: Vec<Change>,
+    /// Where guest data begins: below it a cut may destroy whole 4 KiB pages that were being
+    /// written, as devices with larger sectors do.
+    pub data_offset: u64,
 }
 
 impl Disk {
     pub fn new(bytes: Store) -> Self {
-        Self { view: bytes.clone(), stable: bytes, unflushed: Vec::new() }
+        Self { view: bytes.clone(), stable: bytes, unflushed: Vec::new(), data_offset: 0 }
     }
 
     fn change(&mut self, change: Change) {
@@ -162,9 +165,19 @@ impl Disk {
 
     /// Power cut: any subset of what was not flushed survives, in any sector-wise mixture.
     pub fn cut(&mut self, rng: &mut Rng) {
-        let mode = rng.below(5);
+        let mode = rng.below(6);
         for change in std::mem::take(&mut self.unflushed) {
             match change {
+                Change::Bytes(offset, bytes) if mode == 5 && offset + bytes.len() as u64 <= self.data_offset => {
+                    for (i, page) in bytes.chunks(4096).enumerate() {
+                        let at = offset + (i * 4096) as u64;
+                        match rng.below(3) {
+                            0 => self.stable.write(at, page),
+                            1 => self.stable.write(at, &vec![0xdb; page.len()]),
+                            _ => {}
+                        }
+                    }
+                }
                 Change::Bytes(offset, bytes) if mode >= 3 => {
                     for (i, sector) in bytes.chunks(SECTOR).enumerate() {
                         if rng.chance(if mode == 3 { 50 } else { 90 }) {
@@ -417,6 +430,16 @@ impl World {
         };
         assert!(queue.complete(token, ret, op), "the engine knows its operations");
         true
+    }
+
+    /// The power goes. What was on its way may have reached the disk in part.
+    pub fn cut(&self, rng: &mut Rng) {
+        for (_, mut op, issued) in self.pending.take() {
+            if op.file == FileId::Image && matches!(op.kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard) {
+                self.perform(&mut op, issued);
+            }
+        }
+        self.disk.borrow_mut().cut(rng);
     }
 
     /// Runs until nothing is left to do; false after a cut.

@@ -136,3 +136,13 @@ pub fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
         panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()
     })
 }
+
+/// Compares bytes; says where they differ first, and not all of them.
+#[track_caller]
+pub fn same(found: &[u8], expect: &[u8], what: &str) {
+    assert_eq!(found.len(), expect.len(), "{what}: length");
+    if let Some(at) = (0..found.len()).find(|&i| found[i] != expect[i]) {
+        let some = |bytes: &[u8]| bytes[at..bytes.len().min(at + 16)].to_vec();
+        panic!("{what}: byte {at} (sector {}) is {:?} instead of {:?}", at / SECTOR, some(found), some(expect));
+    }
+}

@@ -24,12 +24,12 @@ fn seen_of(base: &[u8], size: u64) -> Vec<u8> {
 fn past_a_shorter_base_the_disk_reads_zero_and_a_write_there_costs_one_write() {
     let base = base_image(100);
     let sim = Sim::new(over_base(MIB), Some(base.clone()));
-    assert_eq!(sim.read(0, MIB), seen_of(&base, MIB));
+    same(&sim.read(0, MIB), &seen_of(&base, MIB), "disk");
     sim.write(512 * KIB, tagged(5, 512 * KIB, 4096));
     sim.flush();
     assert_eq!(sim.stats().commits, 0, "no bit covers what is past the base");
     let again = Sim::open(&sim.crash(), Some(base));
-    assert_eq!(again.read(512 * KIB, 4096), tagged(5, 512 * KIB, 4096));
+    same(&again.read(512 * KIB, 4096), &tagged(5, 512 * KIB, 4096), "disk");
     again.close();
 }
 
@@ -37,9 +37,9 @@ fn past_a_shorter_base_the_disk_reads_zero_and_a_write_there_costs_one_write() {
 fn a_longer_base_is_cut_at_the_disks_end() {
     let base = base_image(4096);
     let sim = Sim::new(over_base(MIB + 512), Some(base.clone()));
-    assert_eq!(sim.read(0, MIB + 512), seen_of(&base, MIB + 512));
+    same(&sim.read(0, MIB + 512), &seen_of(&base, MIB + 512), "disk");
     sim.write(MIB, vec![9; 512]);
-    assert_eq!(sim.read(MIB, 512), vec![9; 512]);
+    same(&sim.read(MIB, 512), &vec![9; 512], "disk");
     assert_eq!(sim.ask(Request::Read { offset: MIB, buf: Buf::new(vec![0; 513]) }).unwrap_err().kind, Kind::OutOfRange);
     sim.close();
 }
@@ -50,7 +50,7 @@ fn a_base_that_is_absent_reads_as_zero_and_may_come_later() {
     let sim = Sim::open(&image, None);
     assert_eq!(sim.info().header.base_length, BASE_LENGTH_UNKNOWN);
     assert_eq!(sim.info().header.covered, MIB);
-    assert_eq!(sim.read(0, MIB), vec![0; MIB as usize]);
+    same(&sim.read(0, MIB), &vec![0; MIB as usize], "disk");
     // A partly written block takes its rest from where there is nothing.
     sim.write(10 * BLOCK + 512, tagged(7, 10 * BLOCK + 512, 512));
     assert_eq!(sim.world.log.borrow().as_slice(), [""; 0]);
@@ -60,7 +60,7 @@ fn a_base_that_is_absent_reads_as_zero_and_may_come_later() {
     let mut expect = seen_of(&base, MIB);
     expect[10 * 4096..11 * 4096].fill(0);
     expect[10 * 4096 + 512..10 * 4096 + 1024].copy_from_slice(&tagged(7, 10 * BLOCK + 512, 512));
-    assert_eq!(sim.read(0, MIB), expect);
+    same(&sim.read(0, MIB), &expect, "disk");
     sim.close();
 }
 
@@ -73,12 +73,12 @@ fn a_recorded_base_length_is_honoured_with_a_warning() {
         let sim = Sim::open(&image, Some(other.clone()));
         let mut expect = seen_of(&other[..other.len().min(base.len())], MIB);
         expect.resize(MIB as usize, 0);
-        assert_eq!(sim.read(0, MIB), expect, "base of {sectors} sectors");
+        same(&sim.read(0, MIB), &expect, &format!("base of {sectors} sectors"));
         // Copy-on-write takes the same bytes.
         let at = 255 * 512;
         sim.write(at - 512, vec![3; 512]);
         expect[at as usize - 512..at as usize].fill(3);
-        assert_eq!(sim.read(0, MIB), expect, "base of {sectors} sectors, after a write");
+        same(&sim.read(0, MIB), &expect, &format!("base of {sectors} sectors, after a write"));
         let log = sim.world.log.borrow().join("\n");
         assert_eq!(log.contains("the base has") && log.contains("reads as zero"), warned, "{log}");
         sim.close();
@@ -91,11 +91,11 @@ fn a_base_of_odd_length_ends_within_a_sector() {
     base.truncate(20 * 512 - 100);
     let sim = Sim::new(over_base(64 * KIB), Some(base.clone()));
     assert_eq!(sim.info().header.base_length, 20 * 512);
-    assert_eq!(sim.read(0, 64 * KIB), seen_of(&base, 64 * KIB));
+    same(&sim.read(0, 64 * KIB), &seen_of(&base, 64 * KIB), "disk");
     sim.write(16 * 512, vec![1; 10]);
     let mut expect = seen_of(&base, 64 * KIB);
     expect[16 * 512..16 * 512 + 10].fill(1);
-    assert_eq!(sim.read(0, 64 * KIB), expect);
+    same(&sim.read(0, 64 * KIB), &expect, "disk");
     sim.close();
 }
 
@@ -119,7 +119,7 @@ fn zero_runs_of_the_base_are_found_when_asked_for() {
             let data = matches!(status.place, Place::Data { .. });
             assert_eq!(data, present.contains(&block), "runs of {least}, block {block}: {status:?}");
         }
-        assert_eq!(sim.read(0, MIB), seen_of(&holed(), MIB));
+        same(&sim.read(0, MIB), &seen_of(&holed(), MIB), "disk");
         assert_eq!(sim.check().0, 0);
         // What is known to be zero is written without a copy and without a commit.
         if present.contains(&5) {
@@ -153,11 +153,11 @@ fn holes_are_not_preset_on_storage_that_does_not_read_as_zero() {
     let image = world.disk.borrow().stable.clone();
     let sim = Sim::try_open(&image, Some(holed()), limits, Config::default()).unwrap();
     assert_eq!(sim.status(2 * BLOCK, BLOCK).place, Place::Base);
-    assert_eq!(sim.read(0, MIB), seen_of(&holed(), MIB));
+    same(&sim.read(0, MIB), &seen_of(&holed(), MIB), "disk");
     sim.write(2 * BLOCK + 5, vec![8; 3]);
     let mut expect = seen_of(&holed(), MIB);
     expect[2 * 4096 + 5..2 * 4096 + 8].fill(8);
-    assert_eq!(sim.read(0, MIB), expect);
+    same(&sim.read(0, MIB), &expect, "disk");
     sim.close();
 }
 
@@ -176,7 +176,7 @@ fn preallocation_writes_what_it_says() {
         assert_eq!(bytes(|k| matches!(k, OpKind::Write { .. })), written, "{how:?}");
         let allocated = if how == Preallocation::Falloc { MIB } else { 0 };
         assert_eq!(bytes(|k| k == OpKind::WriteZeroes { may_unmap: false }), allocated, "{how:?}");
-        assert_eq!(sim.read(0, MIB), seen_of(&base_image(64), MIB));
+        same(&sim.read(0, MIB), &seen_of(&base_image(64), MIB), "disk");
         sim.close();
     }
 }
@@ -186,7 +186,7 @@ fn a_grown_disk_reads_zero_behind_and_survives_a_cut() {
     let base = base_image(4096);
     let sim = Sim::new(over_base(MIB), Some(base.clone()));
     sim.ask(Request::Resize { size: 2 * MIB, zeroed: true }).unwrap();
-    assert_eq!(sim.read(MIB, MIB), vec![0; MIB as usize], "never the longer base's bytes");
+    same(&sim.read(MIB, MIB), &vec![0; MIB as usize], "never the longer base's bytes");
     sim.write(2 * MIB - 512, vec![4; 512]);
     sim.flush();
     let sim = Sim::open(&sim.crash(), Some(base.clone()));
@@ -194,7 +194,7 @@ fn a_grown_disk_reads_zero_behind_and_survives_a_cut() {
     let mut expect = base[..MIB as usize].to_vec();
     expect.resize(2 * MIB as usize, 0);
     expect[2 * MIB as usize - 512..].fill(4);
-    assert_eq!(sim.read(0, 2 * MIB), expect);
+    same(&sim.read(0, 2 * MIB), &expect, "disk");
     assert_eq!(sim.ask(Request::Resize { size: MIB, zeroed: false }).unwrap_err().kind, Kind::Unsupported);
     assert_eq!(sim.ask(Request::Resize { size: 2 * MIB + 1, zeroed: false }).unwrap_err().kind, Kind::Invalid);
     assert_eq!(sim.ask(Request::Resize { size: 1 << 63, zeroed: false }).unwrap_err().kind, Kind::OutOfRange);
@@ -212,12 +212,12 @@ fn copy_on_write_stops_where_the_bitmap_ends() {
         sim.ask(Request::Resize { size: 40 * 512, zeroed: true }).unwrap();
         let mut expect = base[..10 * 512].to_vec();
         expect.resize(40 * 512, 0);
-        assert_eq!(sim.read(0, 40 * 512), expect, "alignment {align}: grown");
+        same(&sim.read(0, 40 * 512), &expect, &format!("alignment {align}: grown"));
         sim.write(12 * 512, vec![7; 512]);
         expect[12 * 512..13 * 512].fill(7);
         sim.write(8 * 512, vec![6; 512]);
         expect[8 * 512..9 * 512].fill(6);
-        assert_eq!(sim.read(0, 40 * 512), expect, "alignment {align}: written");
+        same(&sim.read(0, 40 * 512), &expect, &format!("alignment {align}: written"));
         sim.close();
     }
 }
@@ -233,7 +233,7 @@ fn zeroing_stops_copying_where_the_bitmap_ends() {
     expect.resize(40 * 512, 0);
     expect[8 * 512..9 * 512].fill(0);
     expect[12 * 512..13 * 512].fill(7);
-    assert_eq!(sim.read(0, 40 * 512), expect);
+    same(&sim.read(0, 40 * 512), &expect, "disk");
     sim.close();
 }
 
@@ -268,19 +268,19 @@ fn trailing_bytes_behind_the_image_never_show_up_by_growth() {
     image.write(end, &tagged(66, 0, 64 * KIB));
     let sim = Sim::open(&image, Some(base));
     sim.ask(Request::Resize { size: 2 * MIB, zeroed: true }).unwrap();
-    assert_eq!(sim.read(MIB, MIB), vec![0; MIB as usize]);
+    same(&sim.read(MIB, MIB), &vec![0; MIB as usize], "disk");
     sim.close();
 }
 
 #[test]
 fn block_status_says_what_the_bits_say() {
-    let base = base_image(128 * 8);
+    let base = base_image(2048);
     let sim = Sim::new(over_base(MIB), Some(base));
-    let mut present = [false; 128];
+    let mut present = [false; 256];
     let mut rng = Rng::new(3);
     for _ in 0..40 {
-        let (first, count) = (rng.below(128), 1 + rng.below(3));
-        let last = (first + count).min(128);
+        let (first, count) = (rng.below(256), 1 + rng.below(3));
+        let last = (first + count).min(256);
         sim.write(first * BLOCK, vec![1; ((last - first) * BLOCK) as usize]);
         present[first as usize..last as usize].fill(true);
     }
@@ -320,13 +320,13 @@ fn zeroes_hide_the_base_and_stay_after_a_flush() {
     for (offset, len, may_unmap) in [(0, BLOCK, false), (3 * BLOCK + 512, 1024, true), (10 * BLOCK + 100, 9 * BLOCK, true), (44 * BLOCK, 20 * BLOCK + 1, false)] {
         sim.ask(Request::WriteZeroes { offset, len, may_unmap, fua: false }).unwrap();
         expect[offset as usize..(offset + len) as usize].fill(0);
-        assert!(sim.read(0, MIB) == expect, "zeroes of {len} at {offset}");
+        same(&sim.read(0, MIB), &expect, &format!("zeroes of {len} at {offset}"));
     }
     // Durable on completion where asked for.
     sim.ask(Request::WriteZeroes { offset: 100 * BLOCK, len: 4 * BLOCK, may_unmap: true, fua: true }).unwrap();
     expect[100 * 4096..104 * 4096].fill(0);
     let sim = Sim::open(&sim.crash(), Some(base));
-    assert!(sim.read(0, MIB) == expect);
+    same(&sim.read(0, MIB), &expect, "disk");
     assert_eq!(sim.ask(Request::WriteZeroes { offset: MIB, len: 1, may_unmap: true, fua: false }).unwrap_err().kind, Kind::OutOfRange);
     sim.close();
 }
@@ -337,7 +337,7 @@ fn a_zeroed_range_that_storage_zeroes_is_not_written() {
     sim.counts();
     sim.ask(Request::WriteZeroes { offset: 0, len: 64 * MIB, may_unmap: true, fua: false }).unwrap();
     assert_eq!(sim.counts().writes, 0);
-    assert_eq!(sim.read(0, MIB), vec![0; MIB as usize]);
+    same(&sim.read(0, MIB), &vec![0; MIB as usize], "disk");
     sim.close();
 }
 
@@ -351,9 +351,9 @@ fn discard_gives_back_what_is_here_and_leaves_what_is_in_the_base() {
     let data = sim.info().header.data_offset;
     let discards: Vec<_> = sim.world.trace.borrow().iter().filter(|t| t.kind == OpKind::Discard).map(|t| (t.offset - data, t.len)).collect();
     assert_eq!(discards, [(4 * BLOCK, 2 * BLOCK)], "whole sectors of what is in the image");
-    assert_eq!(sim.read(0, 4 * BLOCK), base[..4 * 4096]);
-    assert_eq!(sim.read(4 * BLOCK, 2 * BLOCK), vec![0; 8192]);
-    assert_eq!(sim.read(6 * BLOCK, 2 * BLOCK), tagged(2, 6 * BLOCK, 2 * BLOCK));
+    same(&sim.read(0, 4 * BLOCK), &base[..4 * 4096], "disk");
+    same(&sim.read(4 * BLOCK, 2 * BLOCK), &vec![0; 8192], "disk");
+    same(&sim.read(6 * BLOCK, 2 * BLOCK), &tagged(2, 6 * BLOCK, 2 * BLOCK), "disk");
     assert_eq!(sim.ask(Request::Discard { offset: MIB - 1, len: 2 }).unwrap_err().kind, Kind::OutOfRange);
     sim.ask(Request::Discard { offset: MIB, len: 0 }).unwrap();
     sim.close();
@@ -394,7 +394,7 @@ fn a_disk_without_a_base_serves_everything_and_a_disk_of_nothing_opens() {
     for size in [0, 512, MIB] {
         let params = CreateParams { base_name: String::new(), base_format: String::new(), ..over_base(size) };
         let sim = Sim::new(params, None);
-        assert_eq!(sim.read(0, size), vec![0; size as usize]);
+        same(&sim.read(0, size), &vec![0; size as usize], "disk");
         if size > 0 {
             sim.write(size - 512, vec![1; 512]);
             sim.flush();
@@ -402,7 +402,7 @@ fn a_disk_without_a_base_serves_everything_and_a_disk_of_nothing_opens() {
         assert_eq!(sim.check().0, 0);
         let sim = Sim::open(&sim.crash(), None);
         if size > 0 {
-            assert_eq!(sim.read(size - 512, 512), vec![1; 512]);
+            same(&sim.read(size - 512, 512), &vec![1; 512], "disk");
         }
         assert_eq!(sim.ask(Request::Check).map(|r| matches!(r, Reply::Check(_))), Ok(true));
         sim.close();
@@ -422,8 +422,73 @@ fn a_named_base_changes_without_changing_the_blocks() {
     assert_eq!((header.base_name.as_str(), header.base_format.as_str()), ("other", "qcow2"));
     let mut expect = seen_of(&base, MIB);
     expect[..4096].fill(1);
-    assert_eq!(sim.read(0, MIB), expect);
+    same(&sim.read(0, MIB), &expect, "disk");
     sim.ask(Request::ChangeBase { name: String::new(), format: String::new() }).unwrap();
-    assert_eq!(sim.read(0, MIB), expect);
+    same(&sim.read(0, MIB), &expect, "disk");
+    sim.close();
+}
+
+fn pristine(size: u64) -> CreateParams {
+    CreateParams { base_name: String::new(), base_format: String::new(), ..over_base(size) }
+}
+
+/// An image made without a base, opened with one: the first write makes the bitmap.
+#[test]
+fn a_first_base_may_come_after_creation() {
+    let base = base_image(1000);
+    let image = create(pristine(MIB), None, limits(1)).unwrap();
+    for crash in [false, true] {
+        let sim = Sim::open(&image, Some(base.clone()));
+        same(&sim.read(0, MIB), &seen_of(&base, MIB), "before the first write");
+        sim.write(5 * BLOCK + 1, vec![7; 2]);
+        sim.flush();
+        let mut expect = seen_of(&base, MIB);
+        expect[5 * 4096 + 1..5 * 4096 + 3].fill(7);
+        same(&sim.read(0, MIB), &expect, "after it");
+        let later = if crash { sim.crash() } else { sim.close() };
+        let sim = Sim::open(&later, Some(base.clone()));
+        same(&sim.read(0, MIB), &expect, "opened again");
+        assert_eq!(sim.check().0, 0);
+        sim.close();
+    }
+}
+
+#[test]
+fn growth_and_the_first_write_at_once_both_happen() {
+    for seed in 0..60 {
+        let base = base_image(64);
+        let image = create(pristine(MIB), None, limits(1)).unwrap();
+        let world = World::new(image, Some(base.clone()), seed, limits(1));
+        let queue = world.queue(Config::default());
+        world.request(&queue, Request::Open).unwrap().unwrap();
+        queue.submit(Request::Write { offset: 0, buf: Buf::new(vec![1; 512]), fua: false }, 1);
+        queue.submit(Request::Resize { size: 2 * MIB, zeroed: true }, 2);
+        queue.submit(Request::ChangeBase { name: "new".into(), format: "raw".into() }, 3);
+        world.drain(&queue);
+        let results = world.results.take();
+        assert!(results.iter().all(|r| r.1.is_ok()), "seed {seed}: {results:?}");
+        let header = queue.image().info().unwrap().header;
+        assert_eq!((header.virtual_size, header.base_name.as_str()), (2 * MIB, "new"), "seed {seed}");
+        let buf = Buf::new(vec![0; 512]);
+        world.request(&queue, Request::Read { offset: 2 * MIB - 512, buf: buf.clone() }).unwrap().unwrap();
+        world.request(&queue, Request::Close).unwrap().unwrap();
+        let again = Sim::open(&world.disk.borrow().stable.clone(), Some(base));
+        assert_eq!((again.info().header.virtual_size, again.read(0, 512)), (2 * MIB, vec![1; 512]), "seed {seed}");
+        again.close();
+    }
+}
+
+/// What growth adds is not in the base, however long that is.
+#[test]
+fn a_disk_grown_before_its_first_write_reads_zero_behind() {
+    let base = base_image(8192);
+    let image = create(pristine(MIB), None, limits(1)).unwrap();
+    let sim = Sim::open(&image, Some(base.clone()));
+    sim.ask(Request::Resize { size: 2 * MIB, zeroed: true }).unwrap();
+    let mut expect = seen_of(&base[..MIB as usize], 2 * MIB);
+    same(&sim.read(0, 2 * MIB), &expect, "grown");
+    sim.write(0, vec![1; 512]);
+    expect[..512].fill(1);
+    same(&sim.read(0, 2 * MIB), &expect, "written");
     sim.close();
 }
