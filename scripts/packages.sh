@@ -23,7 +23,7 @@ packages=(
     libfuse3-dev fuse3 libfdt-dev libpixman-1-dev libslirp-dev nettle-dev
     libcurl4-gnutls-dev
     # tests: memory checkers, clang's thread-safety analysis, disks and loops
-    valgrind clang e2fsprogs fdisk kmod strace bc psmisc
+    valgrind clang e2fsprogs fdisk kmod strace
     # guests: template and boot
     mmdebstrap cpio mount
 )

@@ -8,7 +8,7 @@
 # it affects.
 #
 #   scripts/qemu-build.sh                     build and install into build/
-#   scripts/qemu-build.sh --without-fvd       the same without the driver
+#   scripts/qemu-build.sh --without-fvd       the same without the driver (to and fro rebuilds half)
 #   scripts/qemu-build.sh --print-build-dir   where the tree is (tests/qemu-iotests in it)
 #   scripts/qemu-build.sh --clean             remove the tree
 #

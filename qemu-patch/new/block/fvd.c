@@ -216,10 +216,15 @@ fvd_co_node_op(BlockDriverState *bs, const FVDOp *op, QEMUIOVector *qiov)
 
     switch (op->kind) {
     case FVD_OP_READ:
+        BLKDBG_CO_EVENT(child, BLKDBG_READ_AIO);
         return bdrv_co_preadv(child, op->offset, op->len, qiov, 0);
     case FVD_OP_WRITE:
+        BLKDBG_CO_EVENT(child, BLKDBG_WRITE_AIO);
         return bdrv_co_pwritev(child, op->offset, op->len, qiov, flags);
     case FVD_OP_FLUSH:
+        /* The block layer does this for drivers without their own flush */
+        BLKDBG_CO_EVENT(child, BLKDBG_FLUSH_TO_OS);
+        BLKDBG_CO_EVENT(child, BLKDBG_FLUSH_TO_DISK);
         return bdrv_co_flush(child->bs);
     case FVD_OP_WRITE_ZEROES:
         return bdrv_co_pwrite_zeroes(child, op->offset, op->len, flags);
@@ -715,7 +720,7 @@ static int fvd_take_info(BlockDriverState *bs, FVDEngine *e, Error **errp)
     qatomic_set_i64(&s->virtual_size, info.virtual_size);
 
     /* Another name may be in use by now for the base that the header names */
-    if (strcmp(info.base_name, bs->auto_backing_file)) {
+    if (strcmp(info.base_name, bs->backing_file)) {
         pstrcpy(bs->auto_backing_file, sizeof(bs->auto_backing_file),
                 info.base_name);
         pstrcpy(bs->backing_file, sizeof(bs->backing_file), info.base_name);
@@ -1260,9 +1265,11 @@ fvd_co_rw(BlockDriverState *bs, int64_t offset, int64_t bytes,
                    write ? FVD_LOOKUP_WRITE : 0, &map) == FVD_LOOKUP_DATA) {
         if (map.len == bytes && map.file == FVD_FILE_IMAGE) {
             if (write) {
+                BLKDBG_CO_EVENT(bs->file, BLKDBG_WRITE_AIO);
                 ret = bdrv_co_pwritev_part(bs->file, map.offset, bytes, qiov,
                                            qiov_offset, 0);
             } else {
+                BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_AIO);
                 ret = bdrv_co_preadv_part(bs->file, map.offset, bytes, qiov,
                                           qiov_offset, 0);
             }

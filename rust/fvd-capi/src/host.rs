@@ -318,6 +318,28 @@ impl CHost {
     }
 }
 
+/// Nanoseconds of the system's monotonic clock.
+fn system_ns() -> u64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is writable. This clock cannot fail.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+/// Fills `to` with the system's random numbers.
+fn system_random(mut to: &mut [u8]) {
+    while !to.is_empty() {
+        // SAFETY: `to` is writable memory.
+        let n = unsafe { libc::getrandom(to.as_mut_ptr().cast(), to.len(), 0) };
+        if n > 0 {
+            to = &mut to[n as usize..];
+        } else {
+            let error = std::io::Error::last_os_error();
+            assert_eq!(error.kind(), std::io::ErrorKind::Interrupted, "no random numbers: {error}");
+        }
+    }
+}
+
 /// Where an operation's memory is.
 fn iovecs(op: &mut HostOp<IoVecBuf>, out: &mut Vec<iovec>) {
     let reads = op.kind == OpKind::Read;
@@ -371,7 +393,7 @@ impl Host for CHost {
         match &self.world {
             // SAFETY: the host promised working functions.
             World::Callbacks(Callbacks { ops: fvd_host_ops { now_ns: Some(f), .. }, opaque }) => unsafe { f(*opaque) },
-            _ => fvd_host::now_ns(),
+            _ => system_ns(),
         }
     }
 
@@ -382,7 +404,7 @@ impl Host for CHost {
                 return;
             }
         }
-        fvd_host::disk::random(to);
+        system_random(to);
     }
 
     fn set_timer(&self, at_ns: u64) {

@@ -8,13 +8,17 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// What a panic said.
 fn text_of(payload: Box<dyn Any + Send>) -> String {
-    let said = match (payload.downcast_ref::<&str>(), payload.downcast_ref::<String>()) {
-        (Some(text), _) => (*text).to_owned(),
-        (_, Some(text)) => text.clone(),
-        _ => "no text".to_owned(),
+    let said = match payload.downcast::<&str>() {
+        Ok(text) => (*text).to_owned(),
+        Err(payload) => match payload.downcast::<String>() {
+            Ok(text) => *text,
+            Err(payload) => {
+                // Dropping something of unknown type might panic again.
+                std::mem::forget(payload);
+                "no text".to_owned()
+            }
+        },
     };
-    // Dropping a payload of unknown type might panic again.
-    std::mem::forget(payload);
     format!("internal error: {said}")
 }
 

@@ -15,6 +15,7 @@ use crate::sync::lock;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,9 +23,9 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
 /// What a task does.
-pub(crate) enum Job<H: Host> {
+pub(crate) enum Job<B> {
     /// A guest's (or manager's) request.
-    Guest(Request<H::Buf>, H::Done),
+    Guest(Request<B>),
     /// Commits what is pending.
     Commit,
     /// Writes metadata pages in place and frees journal space.
@@ -64,50 +65,75 @@ impl std::task::Wake for TaskWaker {
 
 /// A pool of tasks; the trait hides the type of the future.
 trait Pool<H: Host> {
-    fn start(&self, queue: Rc<Queue<H>>, job: Job<H>) -> u32;
+    fn start(&self, queue: Rc<Queue<H>>, job: Job<H::Buf>, done: Option<H::Done>) -> u32;
     /// Polls a live task; stale ids are ignored.
-    fn poll(&self, task: u32);
+    fn poll(&self, task: u32) -> Polled<H::Done>;
     fn live(&self) -> usize;
 }
 
-struct TaskSlot<F> {
+/// What came of polling a task.
+enum Polled<D> {
+    /// It waits, or there is no such task.
+    Pending,
+    /// It is done; background work has nobody to tell.
+    Done(Option<D>, Result<Reply>),
+    /// It panicked and is gone.
+    Panicked(Option<D>, String),
+}
+
+struct TaskSlot<F, D> {
     future: RefCell<Pin<Box<Option<F>>>>,
+    /// Kept outside the future, so that a request is completed even if its future panics.
+    done: RefCell<Option<D>>,
     waker: Waker,
 }
 
-struct Slots<F, S> {
+struct Slots<F, S, D> {
     spawn: S,
     inbox: Arc<Inbox>,
-    slots: RefCell<Vec<Rc<TaskSlot<F>>>>,
+    slots: RefCell<Vec<Rc<TaskSlot<F, D>>>>,
     free: RefCell<Vec<u32>>,
     live: Cell<usize>,
 }
 
-impl<H: Host, F: Future<Output = ()>, S: Fn(Rc<Queue<H>>, Job<H>) -> F> Pool<H> for Slots<F, S> {
-    fn start(&self, queue: Rc<Queue<H>>, job: Job<H>) -> u32 {
+impl<H: Host, F: Future<Output = Result<Reply>>, S: Fn(Rc<Queue<H>>, Job<H::Buf>) -> F> Pool<H> for Slots<F, S, H::Done> {
+    fn start(&self, queue: Rc<Queue<H>>, job: Job<H::Buf>, done: Option<H::Done>) -> u32 {
         let reused = self.free.borrow_mut().pop();
         let task = reused.unwrap_or_else(|| {
             let mut slots = self.slots.borrow_mut();
             let task = slots.len() as u32;
             let waker = Waker::from(Arc::new(TaskWaker { inbox: self.inbox.clone(), task }));
-            slots.push(Rc::new(TaskSlot { future: RefCell::new(Box::pin(None)), waker }));
+            slots.push(Rc::new(TaskSlot { future: RefCell::new(Box::pin(None)), done: RefCell::new(None), waker }));
             task
         });
         let slot = self.slots.borrow()[task as usize].clone();
+        *slot.done.borrow_mut() = done;
         slot.future.borrow_mut().as_mut().set(Some((self.spawn)(queue, job)));
         self.live.set(self.live.get() + 1);
         task
     }
 
-    fn poll(&self, task: u32) {
-        let Some(slot) = self.slots.borrow().get(task as usize).cloned() else { return };
+    fn poll(&self, task: u32) -> Polled<H::Done> {
+        let Some(slot) = self.slots.borrow().get(task as usize).cloned() else { return Polled::Pending };
         let mut future = slot.future.borrow_mut();
-        let Some(pinned) = future.as_mut().as_pin_mut() else { return };
-        if pinned.poll(&mut Context::from_waker(&slot.waker)).is_ready() {
-            future.as_mut().set(None);
-            drop(future);
-            self.live.set(self.live.get() - 1);
-            self.free.borrow_mut().push(task);
+        let Some(pinned) = future.as_mut().as_pin_mut() else { return Polled::Pending };
+        let polled = catch_unwind(AssertUnwindSafe(|| pinned.poll(&mut Context::from_waker(&slot.waker))));
+        let outcome = match polled {
+            Ok(Poll::Pending) => return Polled::Pending,
+            Ok(Poll::Ready(result)) => Ok(result),
+            Err(panic) => {
+                let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
+                Err(text.unwrap_or_default())
+            }
+        };
+        future.as_mut().set(None);
+        drop(future);
+        self.live.set(self.live.get() - 1);
+        self.free.borrow_mut().push(task);
+        let done = slot.done.take();
+        match outcome {
+            Ok(result) => Polled::Done(done, result),
+            Err(text) => Polled::Panicked(done, text),
         }
     }
 
@@ -150,6 +176,8 @@ pub struct Queue<H: Host> {
     finished: RefCell<VecDeque<(H::Done, Result<Reply>)>>,
     finishing: Cell<bool>,
     bracket_slot: usize,
+    /// Requests whose task panicked, and the operations that still use their memory.
+    zombies: RefCell<Vec<(H::Done, Vec<Token>, Error)>>,
     me: Weak<Self>,
 }
 
@@ -159,7 +187,7 @@ impl<H: Host> Queue<H> {
     /// A queue of `image` on the calling thread.
     pub fn new(image: Arc<Image>, host: H, wake: Box<dyn Wake>) -> Rc<Self> {
         let inbox = Arc::new(Inbox { state: Mutex::default(), wake });
-        let spawn = |queue: Rc<Queue<H>>, job: Job<H>| async move { handle::run(&queue, job).await };
+        let spawn = |queue: Rc<Queue<H>>, job: Job<H::Buf>| async move { handle::run(&queue, job).await };
         let pool = Slots {
             spawn,
             inbox: inbox.clone(),
@@ -180,6 +208,7 @@ impl<H: Host> Queue<H> {
             finishing: Cell::new(false),
             // Only spreads contention: two queues may share a slot.
             bracket_slot: NEXT_SLOT.fetch_add(1, Ordering::Relaxed),
+            zombies: RefCell::default(),
             me: me.clone(),
         })
     }
@@ -201,7 +230,7 @@ impl<H: Host> Queue<H> {
     /// Whether no request and no operation is under way, so that the queue may be dropped.
     pub fn is_idle(&self) -> bool {
         let ops = self.ops.borrow();
-        self.pool.live() == 0 && ops.free.len() == ops.slots.len() && self.finished.borrow().is_empty()
+        self.pool.live() == 0 && ops.free.len() == ops.slots.len() && self.finished.borrow().is_empty() && self.zombies.borrow().is_empty()
     }
 
     /// Starts a request. Every failure arrives at [`Host::done`], which may run before this returns.
@@ -217,14 +246,18 @@ impl<H: Host> Queue<H> {
             },
             request => request,
         };
-        self.spawn(Job::Guest(request, done));
+        self.start(Job::Guest(request), Some(done));
     }
 
-    /// Starts a task on this queue.
-    pub(crate) fn spawn(&self, job: Job<H>) {
+    /// Starts background work on this queue.
+    pub(crate) fn spawn(&self, job: Job<H::Buf>) {
+        self.start(job, None);
+    }
+
+    fn start(&self, job: Job<H::Buf>, done: Option<H::Done>) {
         self.image.task_started();
         let me = self.me.upgrade().expect("a queue is called through its Rc");
-        let task = self.pool.start(me, job);
+        let task = self.pool.start(me, job, done);
         self.ready.borrow_mut().push_back(task);
         self.run_ready();
     }
@@ -262,7 +295,9 @@ impl<H: Host> Queue<H> {
                 }
                 OpState::Orphan => {
                     ops.release(index);
-                    None
+                    drop(ops);
+                    self.bury(token);
+                    return true;
                 }
                 OpState::Direct(done, bracket) => {
                     ops.release(index);
@@ -319,8 +354,11 @@ impl<H: Host> Queue<H> {
             let next = self.ready.borrow_mut().pop_front();
             if let Some(task) = next {
                 self.current.set(task);
-                self.pool.poll(task);
+                let polled = self.poll_task(task);
                 self.current.set(u32::MAX);
+                if let Some((done, result)) = polled {
+                    self.finish(done, result);
+                }
                 continue;
             }
             let mut state = lock(&self.inbox.state);
@@ -331,6 +369,52 @@ impl<H: Host> Queue<H> {
             self.ready.borrow_mut().extend(state.woken.drain(..));
         }
         self.running.set(false);
+    }
+}
+
+impl<H: Host> Queue<H> {
+    /// Polls a task; returns the request to finish, if it is done.
+    fn poll_task(&self, task: u32) -> Option<(H::Done, Result<Reply>)> {
+        match self.pool.poll(task) {
+            Polled::Pending => None,
+            Polled::Done(done, result) => {
+                self.image.task_ended();
+                Some((done?, result))
+            }
+            Polled::Panicked(done, text) => {
+                self.image.poison(&format!("internal error: {text}"));
+                self.image.task_ended();
+                let error = Error::poisoned().context(&format!("internal error: {text}"));
+                // The host may still be writing to the request's memory.
+                let ops = self.ops.borrow();
+                let orphans = ops.slots.iter().enumerate().filter(|(_, s)| matches!(s.state, OpState::Orphan));
+                let left: Vec<Token> = orphans.map(|(i, s)| u64::from(s.generation) << 32 | i as u64).collect();
+                drop(ops);
+                let done = done?;
+                if left.is_empty() {
+                    return Some((done, Err(error)));
+                }
+                self.zombies.borrow_mut().push((done, left, error));
+                None
+            }
+        }
+    }
+
+    /// An orphaned operation came back: requests that waited only for it are finished.
+    fn bury(&self, token: Token) {
+        let mut ready = Vec::new();
+        let mut zombies = self.zombies.borrow_mut();
+        for zombie in zombies.iter_mut() {
+            zombie.1.retain(|t| *t != token);
+        }
+        while let Some(at) = zombies.iter().position(|z| z.1.is_empty()) {
+            let (done, _, error) = zombies.swap_remove(at);
+            ready.push((done, error));
+        }
+        drop(zombies);
+        for (done, error) in ready {
+            self.finish(done, Err(error));
+        }
     }
 }
 

@@ -28,6 +28,8 @@ pub enum Fault {
     FailedSyncForgotten,
     /// A poisoned image still writes (R11).
     WritesAfterPoison,
+    /// A write panics between its host write and setting its bits.
+    PanicInWrite,
     /// Overlapping copy-on-write requests do not wait for each other (R12).
     NoRangeLock,
     /// A header names new regions before they are stable.

@@ -7,21 +7,17 @@ use crate::host::Host;
 use crate::request::{Reply, Request};
 use std::rc::Rc;
 
-/// Runs a task to its end.
-pub(crate) async fn run<H: Host>(queue: &Rc<Queue<H>>, job: Job<H>) {
+/// Runs a task to its end. Background work has nobody to tell but the log.
+pub(crate) async fn run<H: Host>(queue: &Rc<Queue<H>>, job: Job<H::Buf>) -> Result<Reply> {
     match job {
-        Job::Guest(request, done) => {
-            let result = serve(queue, request).await;
-            queue.image().task_ended();
-            queue.finish(done, result);
-        }
+        Job::Guest(request) => serve(queue, request).await,
         Job::Commit => {
             queue.background_commit().await;
-            queue.image().task_ended();
+            Ok(Reply::Done)
         }
         Job::Checkpoint => {
             queue.background_checkpoint().await;
-            queue.image().task_ended();
+            Ok(Reply::Done)
         }
     }
 }

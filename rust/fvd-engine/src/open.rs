@@ -145,6 +145,8 @@ impl<H: Host> Queue<H> {
         if image.config.read_only || image.config.no_io {
             return Ok(());
         }
+        // Pass-through requests too.
+        image.narrow().await;
         image.check_poison()?;
         self.commit_metadata().await?;
         if !image.meta().session {

@@ -86,6 +86,7 @@ impl<H: Host> Queue<H> {
             self.set_bits(first, last);
         }
         self.write_hull(offset, head, payload, tail).await?;
+        assert!(!faulty!(image, PanicInWrite), "planted panic");
         if let Some((first, last)) = bits {
             self.set_bits(first, last);
         }

@@ -99,6 +99,7 @@ impl Run {
             fail_at: fails.then(|| self.rng.below(300)),
             fail_ever: self.rng.chance(20),
             errno: if self.rng.chance(50) { EIO } else { ENOSPC },
+            ..Plan::default()
         };
         match world.request(&queue, Request::Open) {
             Some(Ok(_)) => {}

@@ -325,7 +325,7 @@ fn commits_that_cross_the_wrap_are_replayed() {
 /// Pages of several segments, of several checkpoints, cut anywhere: larger than what crash.rs uses.
 #[test]
 fn a_bitmap_of_many_pages_survives_cuts() {
-    for seed in 0..12u64 {
+    for seed in 0..40u64 {
         let mut rng = Rng::new(seed + 1000);
         let pages = 140;
         let size = pages * 32_512 * BLOCK;
