@@ -247,6 +247,9 @@ class Report:
         open_ = [f for f in self.figures if f["verdict"] == "undecided"]
         shown = [f for f in self.figures if f["verdict"] == "shown"]
         reached = len(self.figures) - len(bad) - len(open_) - len(shown)
+        busiest = max([section["load"] for section in self.sections] + [load()])
+        if busiest > 1.5 * os.cpu_count():
+            self.say(f"  The machine was busy (load up to {busiest:.1f} on {os.cpu_count()} processors): times say little; counts stand.")
         self.say(f"  {reached} reached, {len(bad)} not, {len(open_)} undecided, {len(shown)} only shown")
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "report.txt"), "w", encoding="utf-8") as file:

@@ -190,8 +190,8 @@ static void asynchronous(void)
         fvd_submit_write(queue, (uint64_t)i * 5000, &iov[i], 1, 0, done, &a[i].r);
     }
     while (open_requests > 0) {
-        struct pollfd p = { .fd = fvd_file_fd(file), .events = POLLIN };
-        CHECK_EQ(poll(&p, 1, 30000), 1);
+        struct pollfd events = { .fd = fvd_file_fd(file), .events = POLLIN };
+        CHECK_EQ(poll(&events, 1, 30000), 1);
         CHECK(fvd_file_process(file, 0) >= 0);
         open_requests = 0;
         for (int i = 0; i < 32; i++) {

@@ -143,15 +143,18 @@ static void states(enum mode mode)
 static void close_waits(enum mode mode)
 {
     struct disk d;
-    struct result writes[4] = { { 0 } }, closing = { 0 }, late = { 0 };
-    char buf[4][4096];
-    struct iovec iov[4];
+    struct result writes[6] = { { 0 } }, closing = { 0 }, late = { 0 };
+    char buf[6][4096];
+    struct iovec iov[6];
     struct fvd_info info = { .struct_size = sizeof(info) };
-    disk_start(&d, mode, MIB, MIB);
-    for (int i = 0; i < 4; i++) {
+    disk_start(&d, mode, 2 * MIB, MIB);
+    CHECK_EQ(do_fill(&d.q, 99, 4096, MIB + 64 * KIB), 0);
+    for (int i = 0; i < 6; i++) {
         memset(buf[i], i + 1, sizeof(buf[i]));
         iov[i] = (struct iovec){ .iov_base = buf[i], .iov_len = sizeof(buf[i]) };
-        fvd_submit_write(d.q.queue, (uint64_t)i * 4096, &iov[i], 1, 0, done, &writes[i]);
+        /* Two of them pass through. */
+        uint64_t offset = (uint64_t)i * 4096 + (i < 4 ? 0 : MIB + 64 * KIB);
+        fvd_submit_write(d.q.queue, offset, &iov[i], 1, 0, done, &writes[i]);
     }
     fvd_submit_close(d.q.queue, done, &closing);
     fvd_submit_write(d.q.queue, 0, iov, 1, 0, done, &late);
@@ -159,7 +162,7 @@ static void close_waits(enum mode mode)
     CHECK_EQ(closing.calls, 1);
     CHECK_EQ(closing.ret, 0);
     CHECK_EQ(late.ret, -EBUSY);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 6; i++) {
         CHECK_EQ(writes[i].calls, 1);
         CHECK_EQ(writes[i].ret, 0);
         CHECK(writes[i].order < closing.order);
@@ -169,8 +172,8 @@ static void close_waits(enum mode mode)
     CHECK_EQ(fvd_image_info(d.image, &info), 0);
     CHECK(info.flags & FVD_INFO_CLEAN);
     CHECK_EQ(info.commits_replayed, 0);
-    for (int i = 0; i < 4; i++) {
-        check_bytes(&d.q, (uint8_t)(i + 1), 4096, (uint64_t)i * 4096);
+    for (int i = 0; i < 6; i++) {
+        check_bytes(&d.q, (uint8_t)(i + 1), 4096, (uint64_t)i * 4096 + (i < 4 ? 0 : MIB + 64 * KIB));
     }
     disk_end(&d);
 }

@@ -227,7 +227,7 @@ struct fvd_create {
      */
     uint32_t preallocation;
     /**
-     * Bytes: 1 to 256 MiB, a multiple of 8192; 0: 16 MiB.
+     * Bytes: 1 to 256 MiB, a multiple of 64 KiB; 0: 16 MiB.
      */
     uint64_t journal_size;
     /**
@@ -333,7 +333,7 @@ struct fvd_host_ops {
      */
     void (*discard)(void *queue_opaque, uint64_t token, uint32_t file, uint64_t offset, uint64_t len);
     /**
-     * Set the file's length. NULL: -ENOTSUP.
+     * Set the file's length. NULL: the file does not grow (-ENOSPC).
      */
     void (*truncate)(void *queue_opaque, uint64_t token, uint32_t file, uint64_t length);
     /**
@@ -662,7 +662,7 @@ int fvd_file_create(const char *path,
 /**
  * Opens the image at path, with QEMU's locks unless FVD_FILE_NO_LOCK. The
  * base that the image names is opened with FVD_FILE_ALLOW_BASE only; without
- * it reads of the base fail with -ENOMEDIUM. options NULL: the defaults.
+ * it what is not in the image reads as zero. options NULL: the defaults.
  */
 int fvd_file_open(const char *path, const struct fvd_file_options *options, struct fvd_file **out);
 

@@ -27,7 +27,7 @@ step() { # name, command...
     fi
 }
 
-step rust cargo test --workspace --exclude xtask --locked --release -q
+step rust cargo test --workspace --exclude xtask --locked -q
 step loom env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$CARGO_TARGET_DIR/loom" cargo test -q --locked --release -p fvd-engine --test loom_brackets
 step header cargo run -q --locked -p xtask -- header --check
 step tidy cargo run -q --locked -p xtask -- tidy

@@ -5,4 +5,6 @@
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libfvd.so.0");
+    // The tests compile C for the same machine.
+    println!("cargo::rustc-env=FVD_TARGET={}", std::env::var("TARGET").expect("cargo says what it builds for"));
 }

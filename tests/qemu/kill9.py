@@ -11,6 +11,7 @@ Half of the cycles kill qemu-io, half a qemu-storage-daemon with two NBD connect
 many requests in flight. Environment: see common.py; CYCLES (40).
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -158,30 +159,35 @@ def kill_qemu_io(image, cache, aio, seconds):
     words = [program("qemu-io"), "-f", "fvd", "-t", cache, "-i", aio, image.path]
     if VERBOSE:
         print("# $ " + quote(words))
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     killer = threading.Timer(seconds, process.kill)
     killer.start()
     writes = flushes = 0
     seen = []
 
+    def prompt():
+        """Waits for the prompt: the command before it is over. False if qemu-io died."""
+        text = b""
+        while not text.endswith(b"qemu-io> "):
+            more = os.read(process.stdout.fileno(), 4096)
+            if not more:
+                return False
+            text += more
+        seen.append(text.decode(errors="replace"))
+        check(b"failed" not in text, "qemu-io: %s", seen[-1])
+        return True
+
     def command(text):
-        """Sends one command, then one that shows that it is over; False if qemu-io died."""
         try:
-            process.stdin.write(text + "\nlength\n")
+            process.stdin.write((text + "\n").encode())
             process.stdin.flush()
         except OSError:
             return False
-        while True:
-            line = process.stdout.readline()
-            if not line:
-                return False
-            seen.append(line)
-            check("failed" not in line, "qemu-io: %s", line)
-            if line.rstrip().endswith("MiB"):
-                return True
+        return prompt()
 
     try:
-        while True:
+        alive = prompt()
+        while alive:
             kind = rnd.randrange(10)
             if kind < 2:
                 number = model.flush_begin()
@@ -197,7 +203,7 @@ def kill_qemu_io(image, cache, aio, seconds):
                 done = command("write -q -z %s%d %d" % (rnd.choice(["", "-u "]), first * SECTOR, count * SECTOR))
             else:
                 source = unit_file(stamps(first, count, number))
-                done = command("write -q %s-s %s %d %d" % ("", source, first * SECTOR, count * SECTOR))
+                done = command("write -q -s %s %d %d" % (source, first * SECTOR, count * SECTOR))
             if not done:
                 break
             model.end(entries)
@@ -206,7 +212,8 @@ def kill_qemu_io(image, cache, aio, seconds):
         killer.cancel()
         process.kill()
         process.wait(30)
-        process.stdin.close()
+        with contextlib.suppress(OSError):
+            process.stdin.close()
         process.stdout.close()
     check(process.returncode == -9, "qemu-io ended by itself with %s: %s", process.returncode, "".join(seen[-5:]))
     return model, writes, flushes

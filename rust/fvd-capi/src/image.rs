@@ -89,11 +89,9 @@ pub(crate) fn limits_of(limits: &fvd_limits) -> Result<Limits> {
     }
     check_flags(flags, FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING | FVD_LIMIT_CAN_FUA, "struct fvd_limits")?;
     let within = |value: u32, max: u32| value == 0 || (value.is_power_of_two() && value <= max);
-    for (what, value, max) in [
-        ("request_alignment", request_alignment, 4096),
-        ("memory_alignment", memory_alignment, 4096),
-        ("write_granule", write_granule, 64 << 10),
-    ] {
+    for (what, value, max) in
+        [("request_alignment", request_alignment, 4096), ("memory_alignment", memory_alignment, 4096), ("write_granule", write_granule, 64 << 10)]
+    {
         if !within(value, max) {
             return bad(what, value);
         }

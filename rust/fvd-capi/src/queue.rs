@@ -10,8 +10,8 @@ use fvd_engine::{Image, Queue};
 use fvd_host::FileIo;
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// A thread's way into an image. Used by one thread at a time.
 pub struct fvd_queue {

@@ -138,12 +138,7 @@ impl Requests {
 ///
 /// # Safety
 /// `queue` as for [`get`]; `done` may be called with `opaque` once.
-unsafe fn submit(
-    queue: *mut fvd_queue,
-    done: fvd_done_fn,
-    opaque: *mut c_void,
-    make: impl FnOnce() -> Result<(Request<IoVecBuf>, Answer)>,
-) {
+unsafe fn submit(queue: *mut fvd_queue, done: fvd_done_fn, opaque: *mut c_void, make: impl FnOnce() -> Result<(Request<IoVecBuf>, Answer)>) {
     let Some(done) = done else {
         // Nobody to tell: nothing is done, and the text is all there is.
         report(&Failure::invalid("the done callback is NULL"));
@@ -285,14 +280,7 @@ pub unsafe extern "C" fn fvd_submit_flush(queue: *mut fvd_queue, done: fvd_done_
 
 /// Makes a range read as zero. flags: FVD_REQ_FUA, FVD_REQ_MAY_UNMAP.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fvd_submit_write_zeroes(
-    queue: *mut fvd_queue,
-    offset: u64,
-    len: u64,
-    flags: u32,
-    done: fvd_done_fn,
-    opaque: *mut c_void,
-) {
+pub unsafe extern "C" fn fvd_submit_write_zeroes(queue: *mut fvd_queue, offset: u64, len: u64, flags: u32, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: see `fvd_submit_create`.
     unsafe {
         submit(queue, done, opaque, || {
@@ -340,13 +328,7 @@ pub unsafe extern "C" fn fvd_submit_block_status(
 /// Records another base: the names are copied. name NULL or empty: none. What
 /// the guest sees of the base follows the host's FVD_FILE_BASE.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fvd_submit_change_base(
-    queue: *mut fvd_queue,
-    name: *const c_char,
-    format: *const c_char,
-    done: fvd_done_fn,
-    opaque: *mut c_void,
-) {
+pub unsafe extern "C" fn fvd_submit_change_base(queue: *mut fvd_queue, name: *const c_char, format: *const c_char, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: see `fvd_submit_create`.
     unsafe {
         submit(queue, done, opaque, || {
@@ -359,13 +341,7 @@ pub unsafe extern "C" fn fvd_submit_change_base(
 /// Checks the image. out stays valid until done. finding, unless NULL, is
 /// called with opaque for each finding (100 at most), right before done.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fvd_submit_check(
-    queue: *mut fvd_queue,
-    out: *mut fvd_check,
-    finding: fvd_finding_fn,
-    done: fvd_done_fn,
-    opaque: *mut c_void,
-) {
+pub unsafe extern "C" fn fvd_submit_check(queue: *mut fvd_queue, out: *mut fvd_check, finding: fvd_finding_fn, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: see `fvd_submit_create`.
     unsafe { submit(queue, done, opaque, || Ok((Request::Check, Answer::Check(Out::new(out)?, finding)))) }
 }

@@ -127,22 +127,11 @@ pub struct fvd_host_ops {
     pub struct_size: usize,
     /// Fill iov from the file; past the file's end with zeroes. From the base
     /// where there is none: -ENOMEDIUM.
-    pub read: Option<
-        unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, offset: u64, iov: *const libc::iovec, iovcnt: c_int, len: u64),
-    >,
+    pub read: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, offset: u64, iov: *const libc::iovec, iovcnt: c_int, len: u64)>,
     /// Write iov to the file. flags: FVD_REQ_FUA, only where the limits allow
     /// it.
     pub write: Option<
-        unsafe extern "C" fn(
-            queue_opaque: *mut c_void,
-            token: u64,
-            file: u32,
-            offset: u64,
-            iov: *const libc::iovec,
-            iovcnt: c_int,
-            len: u64,
-            flags: u32,
-        ),
+        unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, offset: u64, iov: *const libc::iovec, iovcnt: c_int, len: u64, flags: u32),
     >,
     /// Make every operation that completed durable, the file's length
     /// included.

@@ -158,16 +158,16 @@ impl Bits {
         segment.words[from..from + PAYLOAD_WORDS].iter().map(|w| w.load(Ordering::Acquire)).collect()
     }
 
-    /// Adds `n` to the write count of page `page` and returns it.
-    pub(crate) fn add_count(&self, page: u64, n: u32) -> u32 {
+    /// The write count of page `page`.
+    pub(crate) fn count(&self, page: u64) -> u32 {
         let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
-        segment.counts[(page % SEGMENT_PAGES) as usize].fetch_add(n, Ordering::Relaxed) + n
+        segment.counts[(page % SEGMENT_PAGES) as usize].load(Ordering::Relaxed)
     }
 
-    /// Takes back one from the write count of page `page`.
-    pub(crate) fn undo_count(&self, page: u64) {
+    /// Sets the write count of page `page`.
+    pub(crate) fn set_count(&self, page: u64, count: u32) {
         let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
-        segment.counts[(page % SEGMENT_PAGES) as usize].fetch_sub(1, Ordering::Relaxed);
+        segment.counts[(page % SEGMENT_PAGES) as usize].store(count, Ordering::Relaxed);
     }
 
     /// Number of 1 bits; every segment is loaded or entirely initial.

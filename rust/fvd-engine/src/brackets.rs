@@ -10,8 +10,11 @@
 //! and waits for the old one, twice: a request may have read the phase before the first flip and
 //! counted itself only after it.
 
+// The loom test includes this file twice, once with a fence that does nothing.
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicU32, Ordering, fence};
+use super::fence;
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU32, Ordering};
 #[cfg(not(loom))]
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 

@@ -69,7 +69,7 @@ impl<H: Host> Queue<H> {
         };
         let bad = (0..region.pages()).any(|p| image.bits().is_bad(p));
         if quiet && !bad {
-            let sum: u64 = (0..region.pages()).map(|p| u64::from(image.bits().add_count(p, 0))).sum();
+            let sum: u64 = (0..region.pages()).map(|p| u64::from(image.bits().count(p))).sum();
             if sum != region.count_sum {
                 report.corrupt(format!("the bitmap's pages were written {sum} times, the header says {}: a write was lost", region.count_sum));
             }

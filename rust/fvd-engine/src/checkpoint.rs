@@ -18,8 +18,8 @@ struct Sealed {
     kind: RegionKind,
     index: u64,
     bytes: Vec<u8>,
-    /// Its write count was raised for this batch.
-    counted: bool,
+    /// Its write count before this batch.
+    count_before: u32,
 }
 
 impl<H: Host> Queue<H> {
@@ -136,7 +136,9 @@ impl<H: Host> Queue<H> {
         let mut meta = image.meta();
         meta.last_batch = number;
         meta.written.extend(sealed.iter().map(|p| (p.kind, p.index)));
-        meta.dirty_map_pages.clear();
+        for page in sealed.iter().filter(|p| p.kind == RegionKind::PageMap) {
+            meta.dirty_map_pages.remove(&page.index);
+        }
         meta.stats.pages_written += sealed.len() as u64;
         Ok(())
     }
@@ -161,27 +163,30 @@ impl Meta {
                 }
             }
         }
-        let map_pages: BTreeSet<u64> = self.dirty_map_pages.iter().flat_map(|p| p / group * group..(p / group + 1) * group).collect();
+        // The others follow in a batch of their own: till the header moves, the journal has all that
+        // a page whose bit is not stored yet can hold.
+        let most = (BATCH_PAGES_MAX / 2) / group as usize;
+        let map_pages: BTreeSet<u64> = self.dirty_map_pages.iter().take(most).flat_map(|p| p / group * group..(p / group + 1) * group).collect();
         let mut sealed = Vec::new();
         let map = *header.region(RegionKind::PageMap).expect("image with a journal");
         for index in map_pages.into_iter().filter(|p| *p < map.pages()) {
             let words = self.page_map[index as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS].to_vec();
-            let counted = !self.written.contains(&(RegionKind::PageMap, index));
-            self.page_map_counts[index as usize] += u32::from(counted);
-            let write_count = self.page_map_counts[index as usize];
+            let before = self.page_map_counts[index as usize];
+            let write_count = self.count_page(RegionKind::PageMap, index, before);
+            self.page_map_counts[index as usize] = write_count;
             let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
-            sealed.push(self.seal(header, place, counted, &words));
+            sealed.push(self.seal(header, place, before, &words));
         }
         for index in all {
             let words = match self.stable.get(&index) {
                 Some(words) => words.clone(),
                 _ => image.bits().page_words(index),
             };
-            // A page is counted once a checkpoint, however often an unfinished one is repeated.
-            let counted = !self.written.contains(&(RegionKind::Bitmap, index));
-            let write_count = image.bits().add_count(index, u32::from(counted));
+            let before = image.bits().count(index);
+            let write_count = self.count_page(RegionKind::Bitmap, index, before);
+            image.bits().set_count(index, write_count);
             let place = PageHeader { kind: RegionKind::Bitmap, generation: region.generation, index, write_count, checkpoint };
-            sealed.push(self.seal(header, place, counted, &words));
+            sealed.push(self.seal(header, place, before, &words));
         }
         assert!(sealed.len() <= BATCH_PAGES_MAX);
         sealed
@@ -189,22 +194,38 @@ impl Meta {
 
     /// Takes back the write counts of a batch that was not written.
     fn unseal(&mut self, image: &Image, sealed: &[Sealed]) {
-        for page in sealed.iter().filter(|p| p.counted) {
-            *self.count_sums.get_mut(&page.kind).expect("sealed before") -= 1;
-            match page.kind {
-                RegionKind::PageMap => self.page_map_counts[page.index as usize] -= 1,
-                _ => image.bits().undo_count(page.index),
-            }
+        for page in sealed {
+            let count = match page.kind {
+                RegionKind::PageMap => std::mem::replace(&mut self.page_map_counts[page.index as usize], page.count_before),
+                _ => {
+                    let count = image.bits().count(page.index);
+                    image.bits().set_count(page.index, page.count_before);
+                    count
+                }
+            };
+            let sum = self.count_sums.entry(page.kind).or_default();
+            *sum = sum.wrapping_sub(u64::from(count)).wrapping_add(u64::from(page.count_before));
         }
     }
 
-    fn seal(&mut self, header: &Header, place: PageHeader, counted: bool, words: &[u64]) -> Sealed {
-        *self.count_sums.entry(place.kind).or_default() += u64::from(counted);
+    /// The write count of a page that had `before`: one more, but once a checkpoint only, however
+    /// often an unfinished one is repeated. Sums are kept modulo 2⁶⁴ (FMT-17).
+    fn count_page(&mut self, kind: RegionKind, index: u64, before: u32) -> u32 {
+        if self.written.contains(&(kind, index)) {
+            return before;
+        }
+        let count = before.checked_add(1).unwrap_or(1);
+        let sum = self.count_sums.entry(kind).or_default();
+        *sum = sum.wrapping_sub(u64::from(before)).wrapping_add(u64::from(count));
+        count
+    }
+
+    fn seal(&self, header: &Header, place: PageHeader, count_before: u32, words: &[u64]) -> Sealed {
         let mut bytes = vec![0; PAGE_SIZE];
         for (to, word) in bytes[page::HEADER_SIZE..].chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
         page::seal(&header.uuid, &place, &mut bytes);
-        Sealed { kind: place.kind, index: place.index, bytes, counted }
+        Sealed { kind: place.kind, index: place.index, bytes, count_before }
     }
 }

@@ -271,7 +271,8 @@ impl Image {
     pub(crate) fn note_loaded(&self, page: &PageHeader) {
         let mut meta = self.meta();
         if !self.config.read_only && page.checkpoint > meta.last_checkpoint && meta.written.insert((page.kind, page.index)) {
-            *meta.count_sums.entry(page.kind).or_default() += 1;
+            let sum = meta.count_sums.entry(page.kind).or_default();
+            *sum = sum.wrapping_add(1);
             match page.kind {
                 RegionKind::PageMap => meta.dirty_map_pages.insert(page.index),
                 _ => meta.dirty_pages.insert(page.index),

@@ -11,6 +11,9 @@
 //! `docs/crash-consistency.md`, `FMT-n` in `docs/format.md`.
 #![forbid(unsafe_code)]
 
+#[cfg(loom)]
+use loom::sync::atomic::fence;
+
 mod bits;
 mod bits_load;
 mod brackets;

@@ -59,7 +59,8 @@ impl<H: Host> Queue<H> {
         let area = *header.region(RegionKind::DoubleWrite).expect("image with a journal");
         let (buf, at) = self.read_own(FileId::Image, area.offset, PAGE_SIZE as u64).await?;
         let Ok(batch) = Batch::decode(&header.uuid, &buf.to_vec(at, PAGE_SIZE)) else { return Ok(()) };
-        if batch.number <= header.last_batch {
+        // A number that no image can reach in its life was not written by us (FMT-12).
+        if batch.number <= header.last_batch || batch.number > u64::MAX / 2 {
             return Ok(());
         }
         let len = (batch.entries.len() * PAGE_SIZE) as u64;

@@ -31,9 +31,5 @@ pub fn check() -> Result<Findings, String> {
     let made = generate()?;
     let differs = there.lines().zip(made.lines()).position(|(a, b)| a != b);
     let line = differs.unwrap_or_else(|| there.lines().count().min(made.lines().count())) + 1;
-    Ok(if there == made {
-        Vec::new()
-    } else {
-        vec![format!("include/fvd.h:{line}: differs from the Rust source; run: cargo run -p xtask -- header")]
-    })
+    Ok(if there == made { Vec::new() } else { vec![format!("include/fvd.h:{line}: differs from the Rust source; run: cargo run -p xtask -- header")] })
 }

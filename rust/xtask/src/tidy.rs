@@ -42,7 +42,10 @@ fn check_file(path: &Path, text: &str, findings: &mut Findings) {
         if whitespace && path.extension().is_some_and(|e| e == "rs" || e == "c" || e == "h") && line.contains('\t') {
             say("a tab");
         }
-        if machine.iter().any(|start| line.contains(start.as_str())) {
+        // Not in the middle of a path, as in "$tree" + such a name. A quote may end what comes before.
+        let inside = |c: char| c.is_alphanumeric() || "._-}$/".contains(c);
+        let starts = |at: usize| !line[..at].strip_suffix('"').unwrap_or(&line[..at]).ends_with(inside);
+        if machine.iter().any(|start| line.match_indices(start.as_str()).any(|(at, _)| starts(at))) {
             say("a path of one machine");
         }
         if line.starts_with("<<<<<<< ") || line.starts_with(">>>>>>> ") {

@@ -208,8 +208,6 @@ pub struct Plan {
     pub fail_ever: bool,
     pub errno: i64,
     pub cut_at: Option<u64>,
-    /// The next write panics in the call that starts it: as if the engine had.
-    pub panic_on_write: bool,
 }
 
 pub struct World {
@@ -269,9 +267,6 @@ impl Host for TestHost {
         }
         if !op.segments.is_empty() {
             assert_eq!(op.segments.iter().map(|s| s.len() as u64).sum::<u64>(), op.len);
-        }
-        if matches!(op.kind, OpKind::Write { .. }) && std::mem::take(&mut self.0.plan.borrow_mut().panic_on_write) {
-            panic!("a panic that was planned");
         }
         // A flush covers what was complete when it was issued.
         let issued = self.0.disk.borrow().unflushed.len();

@@ -3,6 +3,7 @@
 
 use crate::common::sim::*;
 use crate::common::*;
+use fvd_engine::faults::Fault;
 use fvd_engine::host::{FileId, HostOp, OpKind};
 use fvd_engine::{Config, Kind, Lookup, Request};
 use fvd_format::RegionKind;
@@ -458,45 +459,39 @@ fn a_poisoned_image_reads_on_and_writes_nothing() {
     poisoned(sim, &base, &expect);
 }
 
-/// The border to C catches a panic and poisons the image. The queue it happened on must go on
-/// serving reads, and close must come to an end.
+/// The engine catches its own panics: the request fails, the image is poisoned, the queue goes on,
+/// and so do what other guests have on their way and who waits for the same block.
 #[test]
 fn a_panic_within_a_request_leaves_a_queue_that_reads() {
     let (sim, base, expect) = one_flushed_block();
-    sim.world.plan.borrow_mut().panic_on_write = true;
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
-    let write = Request::Write { offset: 90 * BLOCK, buf: Buf::new(vec![8; 4096]), fua: false };
-    let text = caught(|| sim.queue.submit(write, 5)).unwrap_err();
-    std::panic::set_hook(hook);
-    sim.queue.image().poison(&text);
-    poisoned(sim, &base, &expect);
-}
-
-/// The same on the way of a completion: copy-on-write has read the base and goes on to write.
-#[test]
-fn a_panic_within_a_completion_leaves_a_queue_that_reads() {
-    let (sim, base, expect) = one_flushed_block();
-    let write = Request::Write { offset: 90 * BLOCK + 1, buf: Buf::new(vec![8; 10]), fua: false };
-    sim.queue.submit(write, 5);
-    // A read of another guest that is on its way must still end.
-    sim.queue.submit(Request::Read { offset: 500 * KIB, buf: Buf::new(vec![0; 512]) }, 6);
-    sim.world.plan.borrow_mut().panic_on_write = true;
-    let hook = std::panic::take_hook();
-    std::panic::set_hook(Box::new(|_| ()));
-    let text = loop {
-        match caught(|| sim.world.step(&sim.queue)) {
-            Ok(true) => {}
-            Ok(false) => panic!("no panic"),
-            Err(text) => break text,
-        }
-    };
-    std::panic::set_hook(hook);
-    sim.queue.image().poison(&text);
-    sim.world.drain(&sim.queue);
-    let ended: Vec<u64> = sim.world.results.take().into_iter().map(|r| r.0).collect();
-    assert!(ended.contains(&6), "{ended:?}");
-    poisoned(sim, &base, &expect);
+    let image = sim.close();
+    for seed in 0..30 {
+        let config = Config { fault: Some(Fault::PanicInWrite), ..Config::default() };
+        let sim = Sim::try_open(&image, Some(base.clone()), limits(1), config).unwrap();
+        *sim.world.rng.borrow_mut() = Rng::new(seed);
+        let write = |offset| Request::Write { offset, buf: Buf::new(vec![8; 10]), fua: false };
+        sim.queue.submit(write(90 * BLOCK + 1), 1);
+        sim.queue.submit(Request::Read { offset: 500 * KIB, buf: Buf::new(vec![0; 512]) }, 2);
+        sim.queue.submit(write(90 * BLOCK + 100), 3);
+        sim.queue.submit(Request::Flush, 4);
+        caught(|| sim.world.drain(&sim.queue)).expect("nothing unwinds out of the engine");
+        let mut ended = sim.world.results.take();
+        ended.sort_by_key(|r| r.0);
+        assert_eq!(ended.iter().map(|r| r.0).collect::<Vec<_>>(), [1, 2, 3, 4], "seed {seed}");
+        let error = ended[0].1.as_ref().unwrap_err();
+        assert!(error.kind == Kind::Poisoned && error.text.contains("internal error"), "seed {seed}: {error:?}");
+        assert!(ended[1].1.is_ok() && ended[2].1.is_err(), "seed {seed}");
+        assert!(sim.world.log.borrow().len() < 5);
+        // The image was closed in good order before; nothing has changed that yet.
+        same(&sim.read(0, MIB), &expect, "reads go on");
+        assert_eq!(sim.ask(Request::Flush).unwrap_err().kind, Kind::Poisoned);
+        let before = changes(&sim);
+        assert_eq!(sim.ask(Request::Close).unwrap_err().kind, Kind::Poisoned);
+        assert_eq!(changes(&sim), before);
+        let again = Sim::open(&sim.crash(), Some(base.clone()));
+        same(&again.read(0, MIB), &expect, "opened again");
+        again.close();
+    }
 }
 
 /// Every operation of a session fails once: requests fail with its errno, memory and disk agree,
