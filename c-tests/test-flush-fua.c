@@ -47,6 +47,36 @@ static void survives(enum mode mode, uint32_t limit_flags)
     disk_end(&d);
 }
 
+/* API-39: one FUA request, and the power fails right after. Nothing else makes it durable. */
+static void fua_alone(enum mode mode, uint32_t limit_flags, uint64_t offset, bool zeroes)
+{
+    struct disk d;
+    char buf[4096];
+    memset(&d, 0, sizeof(d));
+    mem_host_init(&d.host, mode);
+    d.host.limits.flags = limit_flags;
+    mem_host_base(&d.host, MIB);
+    d.image = image_new(&d.host, 0);
+    queue_init(&d.q, &d.host, d.image);
+    CHECK_EQ(do_create(&d.q, 2 * MIB, "base.raw"), 0);
+    CHECK_EQ(do_open(&d.q), 0);
+    CHECK_EQ(do_fill(&d.q, 1, 4096, 8192), 0);
+    CHECK_EQ(do_fill(&d.q, 1, 4096, MIB + 8192), 0);
+    CHECK_EQ(do_flush(&d.q), 0);
+    mem_host_reset_counts(&d.host);
+    memset(buf, 2, sizeof(buf));
+    if (zeroes) {
+        CHECK_EQ(do_write_zeroes(&d.q, offset, 4096, FVD_REQ_FUA), 0);
+    } else {
+        CHECK_EQ(do_write(&d.q, buf, 4096, offset, FVD_REQ_FUA), 0);
+    }
+    /* By the host's FUA, or by a flush. */
+    CHECK(d.host.fua_writes + d.host.ops[FLUSH] > 0);
+    disk_crash_and_reopen(&d);
+    check_bytes(&d.q, zeroes ? 0 : 2, 4096, offset);
+    disk_end(&d);
+}
+
 /* A flush with nothing to make durable costs at most the host's flush. */
 static void idle_flush(enum mode mode)
 {
@@ -95,6 +125,15 @@ int main(void)
         survives(mode, FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING | FVD_LIMIT_CAN_FUA);
         survives(mode, FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING);
         survives(mode, 0);
+        for (uint32_t can_fua = 0; can_fua < 2; can_fua++) {
+            uint32_t flags = FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING | (can_fua ? FVD_LIMIT_CAN_FUA : 0);
+            for (int zeroes = 0; zeroes < 2; zeroes++) {
+                /* A present block, one of the base, one past the base. */
+                fua_alone(mode, flags, 8192, zeroes);
+                fua_alone(mode, flags, 64 * KIB, zeroes);
+                fua_alone(mode, flags, MIB + 8192, zeroes);
+            }
+        }
         idle_flush(mode);
         timer(mode);
     }

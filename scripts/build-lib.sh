@@ -23,6 +23,9 @@ options=(--prefix=/usr/local --libdir=lib --buildtype=debugoptimized
     -Dcargo_target_dir="$target" -Dcargo_jobs="$jobs" -Dtests=true)
 log=$top/build/meson-setup.log
 mkdir -p "$top/build" "$target"
+# Two of them in one build directory would spoil ninja's records.
+exec 9>"$top/build/.lock"
+flock 9
 if [ ! -e "$build/build.ninja" ] || ! meson setup --reconfigure "$build" "$top" "${options[@]}" >"$log" 2>&1; then
     # No build directory, or one of another meson or another place.
     rm -rf "$build"

@@ -169,8 +169,8 @@ def daemon_test(name, options, aio, disturb):
                 requests = [w.end() for w in writers]
             print("# %d and %d requests, %d disturbances" % (*requests, turn))
             check(min(requests) > 100, "only %s requests: the test was idle", requests)
-            daemon.qmp("block-export-del", id="ea")
-            daemon.qmp("block-export-del", id="eb")
+            daemon.qmp("block-export-del", id="ea", mode="hard")
+            daemon.qmp("block-export-del", id="eb", mode="hard")
         for n, content in zip("ab", contents):
             verify_image(suite.path(n + ".img"), content)
 
@@ -238,8 +238,8 @@ with suite.test("storage-daemon, reopened while written to"):
         finally:
             requests = [w.end() for w in writers]
         print("# %d and %d requests, %d reopens" % (*requests, 2 * turn))
-        daemon.qmp("block-export-del", id="ea")
-        daemon.qmp("block-export-del", id="eb")
+        daemon.qmp("block-export-del", id="ea", mode="hard")
+        daemon.qmp("block-export-del", id="eb", mode="hard")
     for n, content in zip("ab", contents):
         verify_image(suite.path(n + ".img"), content)
 
@@ -270,7 +270,7 @@ with suite.test("storage-daemon, snapshots and commits under writes, then anothe
         print("# %d requests, %d snapshots committed" % (requests, turn))
         check(turn >= 3, "only %d snapshots", turn)
         # The same node from another thread: its queues move.
-        qmp("block-export-del", id="ea")
+        qmp("block-export-del", id="ea", mode="hard")
         for number, thread in enumerate(["io1", "io0", "io1"]):
             export = "again%d" % number
             def added():
@@ -283,7 +283,7 @@ with suite.test("storage-daemon, snapshots and commits under writes, then anothe
             writers = Writers(sock, export, 2, contents[0])
             time.sleep(1)
             writers.end()
-            qmp("block-export-del", id=export)
+            qmp("block-export-del", id=export, mode="hard")
             wait_for(lambda: not qmp("query-block-exports"), "the end of the export")
     verify_image(suite.path("a.img"), contents[0])
 
@@ -316,7 +316,7 @@ done
 mkfs.ext4 -q -F $dev
 mount $dev /mnt
 cp -r /etc /mnt/one & cp -r /etc /mnt/two & wait
-diff -r /mnt/one /mnt/two
+diff -r --no-dereference /mnt/one /mnt/two
 umount /mnt
 e2fsck -fn $dev >/dev/null 2>&1
 echo GUEST-FINE
@@ -337,7 +337,7 @@ with suite.test("guest, one virtio disk in two iothreads"):
     aio = "io_uring" if direct_io(suite.dir) else "threads"
     base = suite.path("guest-base.raw")
     with open(base, "wb") as f:
-        f.write(b"\xa5" * (70 * MIB))
+        f.write(b"\xa5" * (40 * MIB))
     try:
         img("create", "-q", "-f", "fvd", "-b", guest.template(), "-F", "raw", boot)
         img("create", "-q", "-f", "fvd", "-b", base, "-F", "raw", "-o", "block_size=64k", data, str(size))
@@ -348,7 +348,7 @@ with suite.test("guest, one virtio disk in two iothreads"):
                                        "iothread-vq-mapping": [{"iothread": "io0"}, {"iothread": "io1"}]})]
         with guest.VM(args, smp=2) as vm:
             vm.wait_marker()
-            job = vm.start_job(GUEST % {"size": size, "pieces": 60})
+            job = vm.start_job(GUEST % {"size": size, "pieces": 32})
             # Drains and graph reads while both queues are busy.
             turn = 0
             while job.status is None and turn < 2000:

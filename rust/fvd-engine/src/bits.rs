@@ -101,7 +101,7 @@ impl Bits {
         assert!(first < end && end <= self.bits);
         let index = first / SEGMENT_BITS;
         let Some(segment) = self.segment(index) else { return Run::Missing(index) };
-        let from = first % SEGMENT_BITS;
+        let from = first - index * SEGMENT_BITS;
         let mut to = (end - index * SEGMENT_BITS).min(SEGMENT_BITS);
         let bad = segment.bad.load(Ordering::Relaxed);
         if bad != 0 {
@@ -109,19 +109,22 @@ impl Bits {
             if bad >> page & 1 == 1 {
                 return Run::Bad;
             }
-            to = to.min(((page + 1) * PAYLOAD_BITS).max(from + 1));
+            to = to.min((page + 1) * PAYLOAD_BITS);
         }
-        let word_at = |word: u64| segment.words[word as usize].load(Ordering::Acquire);
-        let value = word_at(from / 64) >> (from % 64) & 1 == 1;
+        let (first_word, last_word) = ((from / 64) as usize, ((to - 1) / 64) as usize);
+        let words = &segment.words[first_word..=last_word];
+        let head = words[0].load(Ordering::Acquire) >> (from % 64);
+        let value = head & 1 == 1;
         // Inverted where 1s are counted, so that the run always ends at the first 1.
         let flip = if value { u64::MAX } else { 0 };
-        let mut at = from;
-        while at < to {
-            let rest = (word_at(at / 64) ^ flip) >> (at % 64);
-            let run = u64::from(rest.trailing_zeros()).min(64 - at % 64);
-            at += run;
-            if at % 64 != 0 || run == 0 {
-                break;
+        let mut at = from + u64::from((head ^ flip).trailing_zeros()).min(64 - from % 64);
+        if at % 64 == 0 {
+            for word in &words[1..] {
+                let rest = word.load(Ordering::Acquire) ^ flip;
+                at += u64::from(rest.trailing_zeros());
+                if rest != 0 {
+                    break;
+                }
             }
         }
         Run::Bits { value, len: at.min(to) - from }

@@ -32,12 +32,12 @@ struct Slot([AtomicU32; 2]);
 /// The counters.
 pub(crate) struct Brackets {
     phase: AtomicU32,
-    slots: Vec<Slot>,
+    slots: [Slot; SLOTS],
 }
 
 impl Brackets {
     pub(crate) fn new() -> Self {
-        let slots = (0..SLOTS).map(|_| Slot([AtomicU32::new(0), AtomicU32::new(0)])).collect();
+        let slots = std::array::from_fn(|_| Slot([AtomicU32::new(0), AtomicU32::new(0)]));
         Self { phase: AtomicU32::new(0), slots }
     }
 

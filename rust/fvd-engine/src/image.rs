@@ -35,8 +35,9 @@ pub(crate) struct Map {
     pub(crate) covered: AtomicU64,
     pub(crate) block_shift: AtomicU32,
     pub(crate) data_offset: AtomicU64,
-    /// Read-modify-write cycles under way: while there are any, every write asks the engine.
-    pub(crate) serial_writes: AtomicU32,
+    /// Reasons why every write must ask the engine: read-modify-write cycles under way, a
+    /// read-only open, poison. One word, because the hot path reads it.
+    pub(crate) no_direct_writes: AtomicU32,
     /// Nothing was ever written and there is no bitmap yet: everything is in the base, or zero.
     pub(crate) pristine: AtomicBool,
     pub(crate) bits: OnceLock<Bits>,
@@ -130,6 +131,7 @@ pub struct Image {
 impl Image {
     /// A handle that is not open yet.
     pub fn new(config: Config) -> Arc<Self> {
+        let map = Map { no_direct_writes: AtomicU32::new(u32::from(config.read_only)), ..Map::default() };
         Arc::new(Self {
             config,
             state: AtomicU8::new(State::New as u8),
@@ -139,7 +141,7 @@ impl Image {
             narrowing: AtomicUsize::new(0),
             narrow_lock: AsyncMutex::default(),
             narrow_wait: WaitQueue::default(),
-            map: Map::default(),
+            map,
             meta: Mutex::default(),
             ranges: RangeLock::default(),
             load_lock: AsyncMutex::default(),
@@ -172,6 +174,11 @@ impl Image {
         }
     }
 
+    #[inline]
+    pub(crate) fn is_open(&self) -> bool {
+        self.state.load(Ordering::Acquire) == State::Open as u8
+    }
+
     /// Moves from state `from` to `to`; an error if the handle is elsewhere.
     pub(crate) fn advance(&self, from: State, to: State) -> Result<()> {
         self.state
@@ -192,7 +199,9 @@ impl Image {
     /// Makes the image unusable for all but reads (R11).
     pub fn poison(&self, why: &str) {
         lock(&self.why_poisoned).get_or_insert_with(|| why.to_owned());
-        self.poisoned.store(true, Ordering::Release);
+        if !self.poisoned.swap(true, Ordering::AcqRel) {
+            self.map.no_direct_writes.fetch_add(1, Ordering::SeqCst);
+        }
         // Whoever waits for a commit or a checkpoint must look again.
         self.commit_wait.wake_all();
         self.checkpoint_wait.wake_all();

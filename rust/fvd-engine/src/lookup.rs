@@ -8,7 +8,7 @@ use crate::bits::Run;
 use crate::brackets::BracketToken;
 use crate::executor::Queue;
 use crate::host::{FileId, GuestBuf, Host, HostOp, OpKind, Segment};
-use crate::image::{Image, State};
+use crate::image::Image;
 use std::sync::atomic::Ordering;
 
 /// Answer to a lookup.
@@ -36,7 +36,7 @@ impl Image {
     /// used for FUA writes: their durability passes the engine (R10).
     #[inline]
     pub fn lookup(&self, slot: usize, offset: u64, len: u64, write: bool) -> Lookup {
-        if len == 0 || self.state() != State::Open {
+        if len == 0 || !self.is_open() {
             return Lookup::Ask;
         }
         let token = self.begin(slot);
@@ -53,7 +53,7 @@ impl Image {
     #[inline]
     fn place(&self, offset: u64, len: u64, write: bool) -> Option<(u64, u64)> {
         let map = &self.map;
-        if map.pristine.load(Ordering::Acquire) || self.config.no_io || (write && (self.config.read_only || self.is_poisoned() || map.serial_writes.load(Ordering::Acquire) != 0)) {
+        if (write && map.no_direct_writes.load(Ordering::Acquire) != 0) || map.pristine.load(Ordering::Acquire) || self.config.no_io {
             return None;
         }
         let size = map.virtual_size.load(Ordering::Acquire);

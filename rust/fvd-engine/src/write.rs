@@ -180,7 +180,7 @@ impl<H: Host> Queue<H> {
     /// Excludes every other write until the guard is dropped: new ones ask the engine and find
     /// their range locked, older ones are waited for (R5).
     async fn serialise_writes(self: &Rc<Self>) -> SerialGuard<H> {
-        self.image().map.serial_writes.fetch_add(1, Ordering::SeqCst);
+        self.image().map.no_direct_writes.fetch_add(1, Ordering::SeqCst);
         let guard = SerialGuard(self.clone());
         self.image().narrow().await;
         guard
@@ -249,6 +249,6 @@ struct SerialGuard<H: Host>(Rc<Queue<H>>);
 
 impl<H: Host> Drop for SerialGuard<H> {
     fn drop(&mut self) {
-        self.0.image().map.serial_writes.fetch_sub(1, Ordering::SeqCst);
+        self.0.image().map.no_direct_writes.fetch_sub(1, Ordering::SeqCst);
     }
 }

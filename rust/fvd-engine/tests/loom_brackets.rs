@@ -124,7 +124,10 @@ fn model(preemptions: Option<usize>, test: impl Fn() + Send + Sync + 'static) {
 fn one_request_one_narrowing<B: Brackets>() {
     model(None, || {
         let world = World::<B>::new();
-        let guest = { let world = world.clone(); thread::spawn(move || world.request(0, 0)) };
+        let guest = {
+            let world = world.clone();
+            thread::spawn(move || world.request(0, 0))
+        };
         world.narrow(0, 2);
         guest.join().unwrap();
     });
@@ -135,7 +138,10 @@ fn one_request_one_narrowing<B: Brackets>() {
 fn one_request_two_narrowings<B: Brackets>(flips: u32) {
     model(Some(4), move || {
         let world = World::<B>::new();
-        let guest = { let world = world.clone(); thread::spawn(move || world.request(0, 1)) };
+        let guest = {
+            let world = world.clone();
+            thread::spawn(move || world.request(0, 1))
+        };
         world.narrow(0, flips);
         world.narrow(1, flips);
         guest.join().unwrap();
@@ -145,7 +151,10 @@ fn one_request_two_narrowings<B: Brackets>(flips: u32) {
 fn two_requests_one_narrowing<B: Brackets>(slots: [usize; 2]) {
     model(Some(3), move || {
         let world = World::<B>::new();
-        let guests = slots.map(|slot| { let world = world.clone(); thread::spawn(move || world.request(slot, 0)) });
+        let guests = slots.map(|slot| {
+            let world = world.clone();
+            thread::spawn(move || world.request(slot, 0))
+        });
         world.narrow(0, 2);
         for guest in guests {
             guest.join().unwrap();

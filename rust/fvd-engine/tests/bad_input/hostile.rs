@@ -4,10 +4,10 @@
 use crate::common::*;
 use crate::samples::*;
 use fvd_engine::Kind;
+use fvd_format::double_write::{Batch, BatchEntry};
 use fvd_format::header::{REGION_SLOTS, Region};
 use fvd_format::journal::{self, CommitId, Record};
 use fvd_format::page::{self, PageHeader};
-use fvd_format::double_write::{Batch, BatchEntry};
 use fvd_format::{Header, RegionKind, checksum, codec};
 
 /// Puts `value` of `size` bytes at `at` of both header copies and makes their checksums right.
@@ -303,10 +303,12 @@ fn hostile_journal_units_are_survived() {
                 codec::put_u32(&mut unit, 32, len);
                 let mut payload = Vec::new();
                 for _ in 0..250 {
-                    Record::Bits { region: RegionKind::Bitmap, value: rng.chance(50), first: rng.below(60), count: 1 + rng.below(4) as u32 }.encode(&mut payload);
+                    Record::Bits { region: RegionKind::Bitmap, value: rng.chance(50), first: rng.below(60), count: 1 + rng.below(4) as u32 }
+                        .encode(&mut payload);
                 }
                 unit[48..48 + payload.len()].copy_from_slice(&payload);
-                let commit_crc = checksum::seeded(&header.uuid, checksum::kind::COMMIT, codec::get_u64(&unit, 24), &[&unit[48..(48 + len as usize).min(4096).max(48)]]);
+                let commit_crc =
+                    checksum::seeded(&header.uuid, checksum::kind::COMMIT, codec::get_u64(&unit, 24), &[&unit[48..(48 + len as usize).min(4096).max(48)]]);
                 codec::put_u32(&mut unit, 36, commit_crc);
                 let crc = checksum::seeded(&header.uuid, checksum::kind::JOURNAL_UNIT, seq, &[&unit[4..]]);
                 codec::put_u32(&mut unit, 0, crc);
@@ -442,7 +444,10 @@ fn hostile_pages_are_survived() {
                             bytes.write(sample.header.region(kind).unwrap().offset, &sealed(&sample, kind, 0, write_count, checkpoint, fill));
                             for read_only in [true, false] {
                                 if let Err(text) = tried(&bytes, &sample, read_only) {
-                                    wrong.push(format!("{}: {kind:?} count {write_count:#x} checkpoint {checkpoint:#x} fill {fill}, read-only {read_only}: {text}", sample.name));
+                                    wrong.push(format!(
+                                        "{}: {kind:?} count {write_count:#x} checkpoint {checkpoint:#x} fill {fill}, read-only {read_only}: {text}",
+                                        sample.name
+                                    ));
                                 }
                             }
                         }
@@ -472,7 +477,8 @@ fn a_long_page_map_is_survived() {
                     let mut page = sealed(&sample, RegionKind::PageMap, index, 1, sample.header.last_checkpoint + 1, 0);
                     if index == 0 {
                         page[32..].copy_from_slice(&first[32..]);
-                        let place = PageHeader { kind: RegionKind::PageMap, generation: 1, index, write_count: 1, checkpoint: sample.header.last_checkpoint + 1 };
+                        let place =
+                            PageHeader { kind: RegionKind::PageMap, generation: 1, index, write_count: 1, checkpoint: sample.header.last_checkpoint + 1 };
                         page::seal(&sample.header.uuid, &place, &mut page);
                     }
                     bytes.write(at + index * 4096, &page);

@@ -87,11 +87,9 @@ fn sectors_lost_or_overwritten() {
             start..(start + 512).min(page.len())
         };
         let mut wrong = Vec::new();
-        for (name, damage) in [
-            ("zero", (|s, _| s.fill(0)) as fn(&mut [u8], &mut Rng)),
-            ("ones", |s, _| s.fill(0xff)),
-            ("noise", |s, rng| s.fill_with(|| rng.next() as u8)),
-        ] {
+        for (name, damage) in
+            [("zero", (|s, _| s.fill(0)) as fn(&mut [u8], &mut Rng)), ("ones", |s, _| s.fill(0xff)), ("noise", |s, rng| s.fill_with(|| rng.next() as u8))]
+        {
             let found = sweep_sectors(|page, at, rng| {
                 let range = sector(page, at);
                 damage(&mut page[range], rng);

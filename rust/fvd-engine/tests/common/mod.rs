@@ -512,9 +512,7 @@ const NEVER: u64 = u64::MAX;
 impl Oracle {
     pub fn new(sectors: u64, base: Option<&[u8]>) -> Self {
         let tag = |s: u64| match base {
-            Some(base) if (s as usize + 1) * SECTOR <= base.len() => {
-                u64::from(base[s as usize * SECTOR..][..SECTOR].iter().any(|&b| b != 0))
-            }
+            Some(base) if (s as usize + 1) * SECTOR <= base.len() => u64::from(base[s as usize * SECTOR..][..SECTOR].iter().any(|&b| b != 0)),
             _ => 0,
         };
         Self { sectors: (0..sectors).map(|s| vec![Version { tag: tag(s), begun: 0, done: 0 }]).collect(), clock: 1 }

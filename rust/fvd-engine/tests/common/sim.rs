@@ -146,9 +146,7 @@ pub fn caught<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     QUIET.set(true);
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
     QUIET.set(false);
-    result.map_err(|panic| {
-        panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default()
-    })
+    result.map_err(|panic| panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_default())
 }
 
 /// Compares bytes; says where they differ first, and not all of them.

@@ -317,7 +317,8 @@ fn zeroes_hide_the_base_and_stay_after_a_flush() {
     let mut expect = base.clone();
     sim.write(40 * BLOCK, tagged(2, 40 * BLOCK, 8 * BLOCK));
     expect[40 * 4096..48 * 4096].copy_from_slice(&tagged(2, 40 * BLOCK, 8 * BLOCK));
-    for (offset, len, may_unmap) in [(0, BLOCK, false), (3 * BLOCK + 512, 1024, true), (10 * BLOCK + 100, 9 * BLOCK, true), (44 * BLOCK, 20 * BLOCK + 1, false)] {
+    for (offset, len, may_unmap) in [(0, BLOCK, false), (3 * BLOCK + 512, 1024, true), (10 * BLOCK + 100, 9 * BLOCK, true), (44 * BLOCK, 20 * BLOCK + 1, false)]
+    {
         sim.ask(Request::WriteZeroes { offset, len, may_unmap, fua: false }).unwrap();
         expect[offset as usize..(offset + len) as usize].fill(0);
         same(&sim.read(0, MIB), &expect, &format!("zeroes of {len} at {offset}"));

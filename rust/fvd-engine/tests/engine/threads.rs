@@ -2,7 +2,7 @@
 //! One image, two queues, two real threads: wake-ups across threads, no lost ones.
 
 use crate::common::sim::*;
-use crate::common::{Buf, Store, World, base_image};
+use crate::common::{Buf, Store, base_image};
 use fvd_engine::host::*;
 use fvd_engine::{Config, Error, Image, Queue, Reply, Request};
 use std::cell::RefCell;
@@ -227,7 +227,6 @@ fn halves(align: u32, rounds: u64) {
     assert!(sim.info().was_clean);
     same(&sim.read(0, blocks * BLOCK), &buf.0.borrow(), "opened again");
     sim.close();
-    let _ = World::new(Store::default(), None, 0, limits(1));
 }
 
 #[test]
