@@ -42,7 +42,7 @@ pub struct Create {
     /// Copy-on-write unit: a power of two from 4K to 2M [default: by the length of the base]
     #[arg(long, value_name = "SIZE", value_parser = parse)]
     block_size: Option<u64>,
-    /// Journal: 1M to 256M, a multiple of 8K [default: 16M]
+    /// Journal: 1M to 256M, a multiple of 64K [default: 16M]
     #[arg(long, value_name = "SIZE", value_parser = parse)]
     journal_size: Option<u64>,
     /// Look for zeroes in the base, in runs of this many bytes or more (on: one block), so that they are never read from it

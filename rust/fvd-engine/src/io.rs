@@ -35,7 +35,8 @@ pub(crate) fn result_of<B>(op: &HostOp<B>, ret: i64) -> Result<i64> {
     };
     // ENOSPC has a class of its own: a manager can add storage and retry.
     let kind = if errno == 28 { Kind::NoSpace } else { Kind::Host(errno) };
-    Err(Error::new(kind, format!("{what} {file} at {} ({} bytes) failed with errno {errno}", op.offset, op.len)))
+    let why = std::io::Error::from_raw_os_error(errno);
+    Err(Error::new(kind, format!("{what} {file} at {} ({} bytes) failed: {why}", op.offset, op.len)))
 }
 
 /// An operation without memory.
