@@ -65,9 +65,11 @@ result() {
         }' "$scratch/log"
 }
 
-# why TEST: the first differing lines that `check` printed for a failure
+# why TEST: the first differing lines that `check` printed for a failure. With
+# -j they all come at the end, each test's under the name of its output file.
 why() {
-    awk -v name="${1#tests/}" '
-        $2 == "pass" || $2 == "fail" || $2 == "not" { on = ($1 == name || $1 == "tests/" name) && $2 == "fail"; next }
-        on && /^[-+][^-+]/ && n++ < 6 { print "#   " $0 }' "$scratch/log"
+    awk -v name="/${1#tests/}.out.bad" '
+        /^\+\+\+ / { on = substr($2, length($2) - length(name) + 1) == name; n = 0; next }
+        /^--- / { on = 0; next }
+        on && /^[-+]/ && n++ < 8 { print "#   " substr($0, 1, 200) }' "$scratch/log"
 }

@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 #
 # Runs the upstream qemu-iotests of pass.txt with -fvd on the built programs.
-# Each must pass; one that "cannot run" here is a failure, too, unless
-# machine.txt says on which machines that is right.
+# Each must pass; one that "cannot run" counts as failed, too.
 #
 #   tests/iotests/run.sh            all of pass.txt
 #   tests/iotests/run.sh NAME...    only these

@@ -118,18 +118,12 @@ impl<H: Host> Queue<H> {
         let mut at = 0;
         while at < sealed.len() {
             let run = sealed[at..].iter().zip(0..).take_while(|(p, i)| p.kind == sealed[at].kind && p.index == sealed[at].index + i).count();
-            let mut buf = OwnBuf::zeroed(run * PAGE_SIZE);
-            for (i, page) in sealed[at..at + run].iter().enumerate() {
-                buf.write(i * PAGE_SIZE, &page.bytes);
-            }
+            let bytes: Vec<u8> = sealed[at..at + run].iter().flat_map(|page| page.bytes.iter().copied()).collect();
             let region = header.region(sealed[at].kind).expect("page of a region");
             let offset = region.offset + sealed[at].index * PAGE_SIZE as u64;
-            if let Err(error) = self.write_own(FileId::Image, offset, buf, (run * PAGE_SIZE) as u64).await {
-                // The page may be torn and only the area has it whole: nothing may overwrite the
-                // area any more. Recovery at the next open finishes the batch.
-                image.poison(&error.text);
-                return Err(error);
-            }
+            // A page that stays torn is whole only in the area, which nothing may overwrite any more:
+            // this poisons, and recovery at the next open finishes the batch.
+            self.write_surely(offset, &bytes).await?;
             at += run;
         }
         self.sync().await?;

@@ -9,6 +9,8 @@ use std::rc::Rc;
 
 /// Largest own buffer that data is moved through: bytes.
 pub(crate) const BOUNCE_MAX: u64 = 2 << 20;
+/// How often a write that must not stay half written is tried.
+const ATTEMPTS: usize = 3;
 /// The base is not attached.
 pub(crate) const ENOMEDIUM: i32 = 123;
 
@@ -94,6 +96,22 @@ impl<H: Host> Queue<H> {
     /// Writes own, aligned bytes.
     pub(crate) async fn write_own(self: &Rc<Self>, file: FileId, offset: u64, buf: OwnBuf, len: u64) -> Result<()> {
         self.op(own(OpKind::Write { fua: false }, file, offset, buf, len)).await.map(|_| ())
+    }
+
+    /// Writes own, aligned bytes that must not stay half written: an error that passes is repeated,
+    /// one that stays poisons.
+    pub(crate) async fn write_surely(self: &Rc<Self>, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut result = Ok(());
+        for _ in 0..ATTEMPTS {
+            result = self.write_own(FileId::Image, offset, OwnBuf::from_slice(bytes), bytes.len() as u64).await;
+            if result.is_ok() || self.image().is_poisoned() {
+                return result;
+            }
+        }
+        if let Err(error) = &result {
+            self.image().poison(&error.text);
+        }
+        result
     }
 
     /// Makes completed writes to the image's files durable; a failure poisons (R11).

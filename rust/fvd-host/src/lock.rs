@@ -92,6 +92,14 @@ pub fn acquire(fd: BorrowedFd<'_>, access: Access, name: &str) -> Result<bool> {
     Ok(true)
 }
 
+/// Gives up whatever [`acquire`] took. Closing is not enough: a child that another thread is just
+/// about to start holds a copy of the file description until it executes its program.
+pub fn release(fd: BorrowedFd<'_>) {
+    for byte in (USED..USED + i64::from(PERMISSIONS)).chain(DENIED..DENIED + i64::from(PERMISSIONS)) {
+        let _ = fcntl(fd, libc::F_OFD_SETLK, libc::F_UNLCK, byte);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -54,6 +54,12 @@ fn unsupported(errno: Errno) -> bool {
     matches!(errno, Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOTTY | Errno::INVAL)
 }
 
+impl Drop for RawFile {
+    fn drop(&mut self) {
+        lock::release(self.file.as_fd());
+    }
+}
+
 impl RawFile {
     pub fn open(path: &Path, how: How) -> Result<Self> {
         let name = path.display();
