@@ -266,10 +266,12 @@ fn place_regions(header: &mut Header, journal_size: u64) {
         header.data_offset = ceil(give_places(header, journal_size), DATA_ALIGNMENT);
         return;
     }
-    // Room for the regions of a bitmap made later (a hole: it costs addresses, not storage).
+    // Room for the regions of a bitmap made later: a hole, which costs addresses, not storage. Not
+    // on a device, where it would cost storage.
     let mut later = header.clone();
     (later.covered, later.block_size) = (header.virtual_size, default_block_size(header.virtual_size));
-    let end = if header.pristine && header.virtual_size > 0 { give_places(&mut later, journal_size) } else { REGIONS_START };
+    let room = header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
+    let end = if room { give_places(&mut later, journal_size) } else { REGIONS_START };
     header.data_offset = ceil(end, DATA_ALIGNMENT);
 }
 
