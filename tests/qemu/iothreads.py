@@ -8,7 +8,7 @@ takes external snapshots and runs jobs. Then, if the template is in the cache (m
 made it), a guest whose one virtio disk is served by two iothreads at once
 (iothread-vq-mapping); without it that test is skipped.
 
-Environment: see common.py; SECONDS_BUSY (12) of writing per test; GUEST=0 skips the guest,
+Environment: see common.py; SECONDS_BUSY (8) of writing per test; GUEST=0 skips the guest,
 GUEST=1 makes the template if need be.
 """
 
@@ -24,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import (BIN, KIB, MIB, NBD, SECTOR, TOP, Daemon, Failure, NBDError, Skip, Suite, check, check_clean,
                     direct_io, img, run_json, read_stamp, stamps, wait_for)
 
-BUSY = float(os.environ.get("SECONDS_BUSY", "12"))
+BUSY = float(os.environ.get("SECONDS_BUSY", "8"))
 suite = Suite("iothreads")
 rnd = suite.random
 DISK = 32 * MIB
