@@ -824,6 +824,22 @@ fvd_co_change_backing_file(BlockDriverState *bs, const char *backing_file,
     return 0;
 }
 
+/* After a commit: in the main loop, with all writers away */
+static int GRAPH_RDLOCK fvd_make_empty(BlockDriverState *bs)
+{
+    BDRVFvdState *s = bs->opaque;
+    FVDEngine *e = qatomic_load_acquire(&s->engine);
+    FVDWait w = {};
+
+    GLOBAL_STATE_CODE();
+    if (!e) {
+        return -EIO;
+    }
+    fvd_submit_make_empty(fvd_queue(e), fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    return fvd_wait_result(&w, NULL);
+}
+
 static void fvd_check_finding(void *opaque, const char *text)
 {
     fprintf(stderr, "ERROR %s\n", text);
@@ -983,6 +999,7 @@ static BlockDriver bdrv_fvd = {
     .bdrv_co_truncate               = fvd_co_truncate,
     .bdrv_co_getlength              = fvd_co_getlength,
     .bdrv_co_change_backing_file    = fvd_co_change_backing_file,
+    .bdrv_make_empty                = fvd_make_empty,
     .bdrv_co_check                  = fvd_co_check,
 
     .bdrv_refresh_limits            = fvd_refresh_limits,

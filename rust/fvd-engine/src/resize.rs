@@ -4,8 +4,10 @@
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, OpKind};
+use crate::image::faulty;
 use crate::io::{bare, ceil};
-use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, VIRTUAL_SIZE_MAX};
+use fvd_format::header::BASE_LENGTH_UNKNOWN;
+use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, SECTOR, VIRTUAL_SIZE_MAX};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -34,9 +36,8 @@ impl<H: Host> Queue<H> {
         }
         let new_end = ceil(header.data_offset + size, PAGE_SIZE as u64);
         let old_end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
-        if header.regions.iter().flatten().any(|r| r.offset >= header.data_offset && r.offset < new_end) {
-            return fail(Kind::Unsupported, "metadata lies behind the disk and would have to be moved");
-        }
+        // Metadata that lay behind the disk moves away; what it leaves behind must not show up in the disk.
+        let moved = self.clear_way(new_end).await?;
         let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
         let limits = *image.limits(FileId::Image);
         if length < new_end {
@@ -45,8 +46,8 @@ impl<H: Host> Queue<H> {
             }
             self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
         }
-        // Trailing bytes that something left behind the old end must not show up in the disk.
-        if length > old_end && (limits.grows_zeroed || zeroed) {
+        // Nor must trailing bytes that something else left behind the old end.
+        if length > old_end && (limits.grows_zeroed || zeroed || moved) && !faulty!(image, GrowthShowsOldBytes) {
             let end = length.min(new_end);
             self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
         }
@@ -61,12 +62,17 @@ impl<H: Host> Queue<H> {
         !self.image().header().base_name.is_empty() || self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 >= 0
     }
 
-    /// Records another base name. Which blocks are in the image does not change.
+    /// Records another base. Which blocks are in the image does not change; a longer base gets a
+    /// bitmap that reaches as far, so that blocks can be given back to it.
     pub(crate) async fn change_base(self: &Rc<Self>, name: String, format: String) -> Result<()> {
         self.image().check_writable()?;
         check_base(&name, &format)?;
         let image = self.image().clone();
         let _one_at_a_time = image.layout_lock.lock().await;
+        if !name.is_empty() {
+            let (length, _) = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await;
+            self.cover_base(if length >= 0 { ceil(length as u64, SECTOR) } else { BASE_LENGTH_UNKNOWN }).await?;
+        }
         self.update_header(|header| {
             header.base_name = name;
             header.base_format = format;

@@ -94,7 +94,7 @@ impl<H: Host> Queue<H> {
     }
 
     /// Writes `head`, `payload`, `tail`, contiguous, with `payload` at guest byte `offset`.
-    async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>) -> Result<()> {
+    pub(crate) async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>) -> Result<()> {
         let image = self.image().clone();
         let limits = *image.limits(FileId::Image);
         let align = u64::from(limits.request_alignment);
@@ -179,7 +179,7 @@ impl<H: Host> Queue<H> {
 
     /// Excludes every other write until the guard is dropped: new ones ask the engine and find
     /// their range locked, older ones are waited for (R5).
-    async fn serialise_writes(self: &Rc<Self>) -> SerialGuard<H> {
+    pub(crate) async fn serialise_writes(self: &Rc<Self>) -> SerialGuard<H> {
         self.image().map.no_direct_writes.fetch_add(1, Ordering::SeqCst);
         let guard = SerialGuard(self.clone());
         self.image().narrow().await;
@@ -245,7 +245,7 @@ impl<H: Host> Queue<H> {
 }
 
 /// Ends a read-modify-write cycle.
-struct SerialGuard<H: Host>(Rc<Queue<H>>);
+pub(crate) struct SerialGuard<H: Host>(Rc<Queue<H>>);
 
 impl<H: Host> Drop for SerialGuard<H> {
     fn drop(&mut self) {
