@@ -326,7 +326,7 @@ impl<H: Host> Queue<H> {
         }
         let mut header = image.header();
         header.pristine = false;
-        if header.virtual_size > 0 && self.has_base().await {
+        if header.virtual_size > 0 && self.has_base().await? {
             // Another base may follow, of another length: the bitmap covers the disk.
             header.base_length = BASE_LENGTH_UNKNOWN;
             header.block_size = default_block_size(header.virtual_size);

@@ -94,7 +94,7 @@ impl<H: Host> Queue<H> {
     }
 
     /// Writes `head`, `payload`, `tail`, contiguous, with `payload` at guest byte `offset`.
-    async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>) -> Result<()> {
+    pub(crate) async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>) -> Result<()> {
         let image = self.image().clone();
         let limits = *image.limits(FileId::Image);
         let align = u64::from(limits.request_alignment);
