@@ -18,7 +18,6 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
@@ -69,6 +68,8 @@ trait Pool<H: Host> {
     /// Polls a live task; stale ids are ignored.
     fn poll(&self, task: u32) -> Polled<H::Done>;
     fn live(&self) -> usize;
+    /// Drops every task, wherever it is.
+    fn clear(&self);
 }
 
 /// What came of polling a task.
@@ -140,6 +141,15 @@ impl<H: Host, F: Future<Output = Result<Reply>>, S: Fn(Rc<Queue<H>>, Job<H::Buf>
     fn live(&self) -> usize {
         self.live.get()
     }
+
+    fn clear(&self) {
+        for slot in self.slots.take() {
+            slot.future.borrow_mut().as_mut().set(None);
+            slot.done.take();
+        }
+        self.free.borrow_mut().clear();
+        self.live.set(0);
+    }
 }
 
 enum OpState<H: Host> {
@@ -181,8 +191,6 @@ pub struct Queue<H: Host> {
     me: Weak<Self>,
 }
 
-static NEXT_SLOT: AtomicUsize = AtomicUsize::new(0);
-
 impl<H: Host> Queue<H> {
     /// A queue of `image` on the calling thread.
     pub fn new(image: Arc<Image>, host: H, wake: Box<dyn Wake>) -> Rc<Self> {
@@ -195,6 +203,7 @@ impl<H: Host> Queue<H> {
             free: RefCell::default(),
             live: Cell::new(0),
         };
+        let slot = image.next_slot();
         Rc::new_cyclic(|me| Self {
             image,
             host,
@@ -207,7 +216,7 @@ impl<H: Host> Queue<H> {
             finished: RefCell::default(),
             finishing: Cell::new(false),
             // Only spreads contention: two queues may share a slot.
-            bracket_slot: NEXT_SLOT.fetch_add(1, Ordering::Relaxed),
+            bracket_slot: slot,
             zombies: RefCell::default(),
             me: me.clone(),
         })
@@ -231,6 +240,17 @@ impl<H: Host> Queue<H> {
     pub fn is_idle(&self) -> bool {
         let ops = self.ops.borrow();
         self.pool.live() == 0 && ops.free.len() == ops.slots.len() && self.finished.borrow().is_empty() && self.zombies.borrow().is_empty()
+    }
+
+    /// Drops all work under way, as when a process is killed: nothing is completed, the host is not
+    /// called. Tasks refer to their queue, so that one with work would never be dropped. The handle
+    /// is useless afterwards.
+    pub fn abandon(&self) {
+        self.pool.clear();
+        *self.ops.borrow_mut() = Ops { slots: Vec::new(), free: Vec::new() };
+        self.ready.borrow_mut().clear();
+        self.finished.borrow_mut().clear();
+        self.zombies.borrow_mut().clear();
     }
 
     /// Starts a request. Every failure arrives at [`Host::done`], which may run before this returns.

@@ -13,7 +13,7 @@ use crate::request::{Config, Info, Stats};
 use crate::sync::{AsyncMutex, RangeLock, WaitQueue, lock};
 use fvd_format::page::PageHeader;
 use fvd_format::{Header, RegionKind};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
@@ -57,7 +57,7 @@ pub(crate) struct Meta {
     /// Set bits in the commit on its way.
     pub(crate) frozen: Runs,
     /// Stable images of the pages where memory is ahead.
-    pub(crate) stable: HashMap<u64, Box<[u64]>>,
+    pub(crate) stable: BTreeMap<u64, Box<[u64]>>,
     /// Bitmap pages whose stable image is not in place.
     pub(crate) dirty_pages: BTreeSet<u64>,
     /// Page map: payload words of all its pages.
@@ -66,11 +66,11 @@ pub(crate) struct Meta {
     /// Page-map pages that a failed checkpoint may not have written.
     pub(crate) dirty_map_pages: BTreeSet<u64>,
     /// Sums of write counts by region, as the next header will say.
-    pub(crate) count_sums: HashMap<RegionKind, u64>,
+    pub(crate) count_sums: BTreeMap<RegionKind, u64>,
     /// Pages that the unfinished checkpoint has written: each is counted once.
-    pub(crate) written: HashSet<(RegionKind, u64)>,
+    pub(crate) written: BTreeSet<(RegionKind, u64)>,
     /// Pages that recovery found in the double-write area and a read-only open may not write back.
-    pub(crate) overlay: HashMap<(RegionKind, u64), Vec<u8>>,
+    pub(crate) overlay: BTreeMap<(RegionKind, u64), Vec<u8>>,
     /// Where the next commit goes.
     pub(crate) next_seq: u64,
     pub(crate) next_commit: u64,
@@ -124,6 +124,7 @@ pub struct Image {
     pub(crate) layout_lock: AsyncMutex,
     pub(crate) commit_wait: WaitQueue,
     pub(crate) checkpoint_wait: WaitQueue,
+    next_slot: AtomicUsize,
     tasks: AtomicUsize,
     pub(crate) tasks_wait: WaitQueue,
 }
@@ -149,6 +150,7 @@ impl Image {
             layout_lock: AsyncMutex::default(),
             commit_wait: WaitQueue::default(),
             checkpoint_wait: WaitQueue::default(),
+            next_slot: AtomicUsize::new(0),
             tasks: AtomicUsize::new(0),
             tasks_wait: WaitQueue::default(),
         })
@@ -252,6 +254,12 @@ impl Image {
             self.narrow_wait.until(|| self.brackets.drained(old).then_some(())).await;
         }
         self.narrowing.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// A bracket slot for a new queue: counted by image, so that an image's life does not depend on
+    /// others in the process.
+    pub(crate) fn next_slot(&self) -> usize {
+        self.next_slot.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(crate) fn task_started(&self) {

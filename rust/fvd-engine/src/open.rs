@@ -33,7 +33,7 @@ impl<H: Host> Queue<H> {
 
     async fn open_steps(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        let (header, agree) = self.read_header().await?;
+        let (header, behind) = self.read_header().await?;
         image.publish(&header);
         let clean = header.clean;
         if image.config.no_io {
@@ -44,18 +44,18 @@ impl<H: Host> Queue<H> {
         if length < need {
             return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the header needs {need}"));
         }
+        if let Some(copy) = behind.filter(|_| !image.config.read_only) {
+            // An update was cut short. The next one begins with copy 2, whichever that may hurt: so
+            // both must be good before.
+            self.write_surely(HEADER_OFFSETS[copy - 1], &header.encode(copy)).await?;
+            self.sync().await?;
+        }
         self.warn_of_base(&header).await?;
         if header.region(RegionKind::Journal).is_none() {
-            if !agree && !image.config.read_only {
-                self.update_header(|_| ()).await?;
-            }
             return Ok(());
         }
         if clean {
             self.load_page_map().await?;
-            if !agree && !image.config.read_only {
-                self.update_header(|_| ()).await?;
-            }
         } else {
             self.recover().await?;
         }
@@ -65,8 +65,8 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Reads page 0 and both header copies; says whether the copies agree.
-    async fn read_header(self: &Rc<Self>) -> Result<(Header, bool)> {
+    /// Reads page 0 and both header copies; says which copy is not the header that counts, if one is not.
+    async fn read_header(self: &Rc<Self>) -> Result<(Header, Option<usize>)> {
         let length = self.op(bare(crate::host::OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
         let start = self.read_own(FileId::Image, 0, 2 * PAGE_SIZE as u64).await?.0.to_vec(0, 2 * PAGE_SIZE);
         if start[..4] != MAGIC_V1 && start[..8] == fvd_format::header::MAGIC && length < HEADER_OFFSETS[1] + PAGE_SIZE as u64 {
@@ -76,9 +76,8 @@ impl<H: Host> Queue<H> {
         let one = &start[HEADER_OFFSETS[0] as usize..][..PAGE_SIZE];
         let two = self.read_own(FileId::Image, HEADER_OFFSETS[1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
         let header = Header::choose(&zero.uuid, one, &two)?;
-        let both = (Header::decode(&zero.uuid, 1, one), Header::decode(&zero.uuid, 2, &two));
-        let agree = matches!(&both, (Ok(one), Ok(two)) if one == two);
-        Ok((header, agree))
+        let behind = [(1, one), (2, &two)].into_iter().find(|(copy, page)| Header::decode(&zero.uuid, *copy, page).ok().as_ref() != Some(&header));
+        Ok((header, behind.map(|(copy, _)| copy)))
     }
 
     /// A base of another length than recorded is served as recorded; somebody should know.

@@ -59,7 +59,7 @@ impl<H: Host> Queue<H> {
         if !image.map.pristine.load(Ordering::Acquire) {
             return Ok(());
         }
-        if image.header().virtual_size > 0 && self.has_base().await {
+        if image.header().virtual_size > 0 && self.has_base().await? {
             return self.rebuild(Fill::Base, 0, cover_disk).await;
         }
         self.update_header(|header| header.pristine = false).await?;
@@ -96,7 +96,7 @@ impl<H: Host> Queue<H> {
         if header.pristine || header.virtual_size == 0 {
             return Ok(());
         }
-        if !self.has_base().await {
+        if !self.has_base().await? {
             return fail(Kind::Unsupported, "an image without a base cannot be emptied");
         }
         self.rebuild(Fill::Base, 0, cover_disk).await

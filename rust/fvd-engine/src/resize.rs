@@ -5,7 +5,8 @@ use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, OpKind};
 use crate::image::faulty;
-use crate::io::{bare, ceil};
+use crate::io::{ENOMEDIUM, bare, ceil, result_of};
+use crate::write::Payload;
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
 use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, SECTOR, VIRTUAL_SIZE_MAX};
 use std::rc::Rc;
@@ -19,7 +20,7 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         image.check_writable()?;
         self.check_sectors("size", size)?;
-        if image.map.pristine.load(Ordering::Acquire) && self.has_base().await {
+        if image.map.pristine.load(Ordering::Acquire) && self.has_base().await? {
             // Only a bitmap can say that the new part is not in the base.
             self.leave_pristine().await?;
         }
@@ -38,6 +39,10 @@ impl<H: Host> Queue<H> {
         let old_end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
         // Metadata that lay behind the disk moves away; what it leaves behind must not show up in the disk.
         let moved = self.clear_way(new_end).await?;
+        // A write up to the old end fills up its host sector with zeroes: none may be under way when
+        // others may write behind that end.
+        let (sector, sector_end) = self.lock_range(header.virtual_size, (old_end - header.flat_data_end()).max(1));
+        let _range = image.ranges.lock(sector, sector_end).await;
         let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
         let limits = *image.limits(FileId::Image);
         if length < new_end {
@@ -47,9 +52,16 @@ impl<H: Host> Queue<H> {
             self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
         }
         // Nor must trailing bytes that something else left behind the old end.
-        if length > old_end && (limits.grows_zeroed || zeroed || moved) && !faulty!(image, GrowthShowsOldBytes) {
+        if limits.grows_zeroed || zeroed || moved {
+            let within = (old_end - header.flat_data_end()).min(size - header.virtual_size);
+            if within > 0 {
+                // The rest of the last page was never written.
+                self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new()).await?;
+            }
             let end = length.min(new_end);
-            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
+            if old_end < end && !faulty!(image, GrowthShowsOldBytes) {
+                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
+            }
         }
         self.sync().await?;
         self.update_header(|header| header.virtual_size = size).await?;
@@ -58,8 +70,13 @@ impl<H: Host> Queue<H> {
     }
 
     /// Whether the image has a base, in the header or attached by the host.
-    pub(crate) async fn has_base(self: &Rc<Self>) -> bool {
-        !self.image().header().base_name.is_empty() || self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 >= 0
+    pub(crate) async fn has_base(self: &Rc<Self>) -> Result<bool> {
+        if !self.image().header().base_name.is_empty() {
+            return Ok(true);
+        }
+        // A base that cannot be reached just now is a base.
+        let (ret, op) = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await;
+        if ret == -i64::from(ENOMEDIUM) { Ok(false) } else { result_of(&op, ret).map(|_| true) }
     }
 
     /// Records another base. Which blocks are in the image does not change; a longer base gets a

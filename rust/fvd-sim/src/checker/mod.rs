@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Checks of what the engine asks of its host, at the moment it asks: the contract of
+//! `fvd_engine::host`, and the orderings of `docs/crash-consistency.md` that a power cut would
+//! only show by luck.
+
+mod header;
+mod journal;
+mod pages;
+
+use crate::content;
+use crate::disk::Disk;
+use crate::geometry::Geometry;
+use crate::memory::Buf;
+use crate::oracle::Oracle;
+use crate::store::PAGE;
+use crate::world::{bytes_of, is_change};
+use fvd_engine::host::*;
+use fvd_format::header::HEADER_OFFSETS;
+use fvd_format::{Header, PageZero, RegionKind};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// What the guest knows of its disk.
+pub struct Model {
+    /// What each cell may hold.
+    pub oracle: Oracle,
+    /// Where the cells are.
+    pub geometry: Geometry,
+}
+
+impl Model {
+    /// The disk grew. Of an image that has no bitmap yet all is in the base, should one come.
+    pub fn grow(&mut self, from: u64, to: u64, pristine: bool) {
+        let before = self.geometry.total();
+        self.geometry.grow(from, to);
+        let tag = if pristine { content::BASE } else { content::ZERO };
+        self.oracle.grow(vec![tag; self.geometry.total() - before]);
+    }
+}
+
+/// What a session may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Work on an image.
+    #[default]
+    Open,
+    /// Make one: nothing names regions yet.
+    Create,
+    /// Read only.
+    ReadOnly,
+    /// Work on an image whose durable metadata is not to be trusted.
+    Damaged,
+}
+
+/// The checks of one session.
+#[derive(Default)]
+pub struct Checker {
+    mode: Mode,
+    model: Option<Rc<RefCell<Model>>>,
+    /// The header that counts among what is durable.
+    stable: Option<Header>,
+    stable_is_current: bool,
+    /// A sync failed: nothing may be written any more (R11).
+    sync_failed: bool,
+    journal: journal::Journal,
+    pages: pages::Pages,
+    /// Times at which the rules of this module were applied, so that nobody trusts an idle check.
+    pub applied: u64,
+}
+
+type Verdict = Result<(), String>;
+
+impl Checker {
+    /// Checks for a session of kind `mode`; with `model`, also what the journal exposes.
+    pub fn new(mode: Mode, model: Option<Rc<RefCell<Model>>>) -> Self {
+        Self { mode, model, ..Self::default() }
+    }
+
+    /// The engine, or the guest's side, asks for an operation.
+    pub fn submit(&mut self, disk: &Disk, limits: &Limits, op: &HostOp<Buf>, engine: bool) -> Verdict {
+        contract(limits, op)?;
+        if !is_change(op.kind) {
+            return Ok(());
+        }
+        let what = || format!("{:?} of {} bytes at {}", op.kind, op.len, op.offset);
+        if op.file != FileId::Image {
+            return Err(format!("{} in {:?}", what(), op.file));
+        }
+        if self.mode == Mode::ReadOnly {
+            return Err(format!("a read-only open changes the file: {}", what()));
+        }
+        if self.sync_failed && self.mode == Mode::Open {
+            return Err(format!("after a failed sync: {}", what()));
+        }
+        if !engine || self.mode != Mode::Open || !matches!(op.kind, OpKind::Write { .. }) {
+            return Ok(());
+        }
+        self.refresh(disk);
+        let Some(header) = self.stable.clone() else { return Ok(()) };
+        if op.offset >= header.data_offset {
+            return Ok(());
+        }
+        self.applied += 1;
+        let bytes = bytes_of(op);
+        if let Some(copy) = HEADER_OFFSETS.iter().position(|at| op.offset == *at) {
+            return header::submit(disk, &header, copy + 1, &bytes);
+        }
+        match region_at(&header, op)? {
+            Some(RegionKind::Journal) => self.journal.submit(disk, &header, op.offset, &bytes, self.model.as_deref()),
+            Some(RegionKind::DoubleWrite) => self.pages.submit_area(&header, &bytes),
+            Some(kind) => self.pages.submit_in_place(disk, &header, kind, op.offset, &bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// An operation ended with `ret`; `mark` is what a flush covered.
+    pub fn complete(&mut self, disk: &Disk, op: &HostOp<Buf>, mark: u64, ret: i64, engine: bool) {
+        if op.file != FileId::Image || !engine {
+            return;
+        }
+        match op.kind {
+            OpKind::Flush => {
+                self.stable_is_current = false;
+                self.sync_failed |= ret < 0;
+                if ret >= 0 {
+                    self.journal.flushed(mark);
+                    self.pages.flushed(mark);
+                }
+            }
+            OpKind::Write { .. } if ret >= 0 => {
+                let kind = self.stable.as_ref().and_then(|header| region_at(header, op).ok().flatten());
+                match kind {
+                    Some(RegionKind::Journal) => self.journal.written(disk.mark()),
+                    Some(RegionKind::DoubleWrite) | None => {}
+                    Some(_) => self.pages.in_place_written(op.offset, disk.mark()),
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn refresh(&mut self, disk: &Disk) {
+        if std::mem::replace(&mut self.stable_is_current, true) {
+            return;
+        }
+        let page = |at: u64| disk.stable.page(at / PAGE as u64);
+        self.stable = page(0).and_then(|bytes| PageZero::decode(bytes).ok()).and_then(|zero| {
+            let copies = [1, 2].map(|copy| page(HEADER_OFFSETS[copy - 1]).and_then(|bytes| Header::decode(&zero.uuid, copy, bytes).ok()));
+            copies.into_iter().flatten().max_by_key(|header| header.generation)
+        });
+        if let Some(header) = &self.stable {
+            self.journal.opened(header);
+        }
+    }
+}
+
+/// The region that an operation lies in; an error if it touches one in part.
+fn region_at(header: &Header, op: &HostOp<Buf>) -> Result<Option<RegionKind>, String> {
+    for kind in RegionKind::ALL {
+        let Some(region) = header.region(kind) else { continue };
+        if op.offset < region.end() && region.offset < op.offset + op.len {
+            if op.offset < region.offset || op.offset + op.len > region.end() {
+                return Err(format!("a write of {} bytes at {} reaches beyond the region {kind:?}", op.len, op.offset));
+            }
+            return Ok(Some(kind));
+        }
+    }
+    Ok(None)
+}
+
+/// What `fvd_engine::host` says of every operation.
+fn contract(limits: &Limits, op: &HostOp<Buf>) -> Verdict {
+    let align = u64::from(limits.request_alignment);
+    let ranged = matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard);
+    if ranged && ((op.offset | op.len) % align != 0 || op.len == 0) {
+        return Err(format!("{:?} of {:?}: {} bytes at {} are not aligned to {align}", op.kind, op.file, op.len, op.offset));
+    }
+    if matches!(op.kind, OpKind::Write { fua: true }) && !limits.can_fua {
+        return Err("a FUA write to a host that cannot".into());
+    }
+    let transfers = matches!(op.kind, OpKind::Read | OpKind::Write { .. });
+    let total: u64 = op.segments.iter().map(|s| s.len() as u64).sum();
+    if transfers != !op.segments.is_empty() || (transfers && total != op.len) {
+        return Err(format!("{:?}: {} bytes with memory for {total}", op.kind, op.len));
+    }
+    for segment in &op.segments {
+        let memory = limits.memory_alignment as usize;
+        let fine = match segment {
+            Segment::Guest { buf, at, len } => !buf.is_misused() && buf.is_aligned(*at, *len, memory),
+            Segment::Own { buf, at, len } => at + len <= buf.capacity() && at % memory == 0 && len % memory == 0,
+        };
+        if !fine && align > 1 {
+            return Err(format!("{:?} at {}: memory is not aligned to {memory}: {segment:?}", op.kind, op.offset));
+        }
+    }
+    Ok(())
+}

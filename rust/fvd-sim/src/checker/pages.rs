@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Pages in place: only what the durable double-write area holds, and the area is used again only
+//! after they are durable (CC-20).
+
+use super::Verdict;
+use crate::disk::Disk;
+use crate::store::PAGE;
+use fvd_format::double_write::Batch;
+use fvd_format::{Header, RegionKind, page};
+
+/// What is known of pages in place.
+#[derive(Default)]
+pub struct Pages {
+    /// Offsets of writes in place that were asked for and are not durable; the disk's mark at
+    /// their end.
+    open: Vec<(u64, Option<u64>)>,
+}
+
+impl Pages {
+    /// The double-write area is about to be written.
+    pub fn submit_area(&mut self, header: &Header, bytes: &[u8]) -> Verdict {
+        let batch = Batch::decode(&header.uuid, &bytes[..PAGE]).map_err(|error| format!("an invalid batch is written: {error}"))?;
+        if batch.number <= header.last_batch {
+            return Err(format!("batch {} is not above the last one, {} (CC-20)", batch.number, header.last_batch));
+        }
+        match self.open.first() {
+            Some((offset, _)) => Err(format!("the double-write area is written while the page at {offset} is not durable (CC-20)")),
+            None => Ok(()),
+        }
+    }
+
+    /// Pages of region `kind` are about to be written in place.
+    pub fn submit_in_place(&mut self, disk: &Disk, header: &Header, kind: RegionKind, offset: u64, bytes: &[u8]) -> Verdict {
+        let region = header.region(kind).expect("a write to a region");
+        let area = header.region(RegionKind::DoubleWrite).expect("an image with pages");
+        let head = disk.stable.page(area.offset / PAGE as u64).and_then(|bytes| Batch::decode(&header.uuid, bytes).ok());
+        let Some(batch) = head.filter(|batch| batch.number > header.last_batch) else {
+            return Err(format!("page at {offset} is written in place and no batch counts (CC-20)"));
+        };
+        for (i, bytes) in bytes.chunks(PAGE).enumerate() {
+            let index = (offset - region.offset) / PAGE as u64 + i as u64;
+            page::open(&header.uuid, kind, region.generation, index, bytes).map_err(|error| format!("an invalid page is written: {error}"))?;
+            let at = batch.entries.iter().position(|e| e.kind == kind && e.index == index);
+            let in_area = at.and_then(|at| disk.stable.page(area.offset / PAGE as u64 + 1 + at as u64));
+            if in_area.is_none_or(|copy| copy.as_slice() != bytes) {
+                return Err(format!("page {index} of {kind:?} is written in place, but is not durable in the double-write area (CC-20)"));
+            }
+        }
+        self.open.push((offset, None));
+        Ok(())
+    }
+
+    /// The write in place at `offset` ended; the disk's mark is `mark`.
+    pub fn in_place_written(&mut self, offset: u64, mark: u64) {
+        for open in self.open.iter_mut().filter(|open| open.0 == offset) {
+            open.1 = Some(mark);
+        }
+    }
+
+    /// A flush that covers everything before `mark` succeeded.
+    pub fn flushed(&mut self, mark: u64) {
+        self.open.retain(|open| open.1.is_none_or(|at| at > mark));
+    }
+}

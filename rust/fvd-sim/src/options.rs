@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Everything about a run that its seed decides once: the image, the host, how requests are mixed.
+//! Swarm testing: each seed switches some kinds of requests off and pulls some knobs far out, since
+//! a mixture of everything seldom goes far in any direction.
+
+use crate::clock::{Latency, MS, SECOND};
+use crate::prng::Prng;
+use fvd_engine::host::Limits;
+
+/// Kinds of requests, for weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum Kind {
+    /// A write.
+    Write,
+    /// A write that is durable at its end.
+    Fua,
+    /// Write-zeroes.
+    Zero,
+    /// A discard.
+    Discard,
+    /// A flush.
+    Flush,
+    /// A read.
+    Read,
+    /// Block status.
+    Status,
+    /// The disk grows.
+    Grow,
+    /// The base's name changes.
+    ChangeBase,
+    /// A check.
+    Check,
+    /// A request beyond the end of the disk.
+    Beyond,
+    /// Time passes.
+    Sleep,
+    /// The base comes or goes.
+    Attach,
+    /// All that is under way ends first.
+    Drain,
+}
+
+/// Number of [`Kind`]s.
+pub const KINDS: usize = 14;
+
+/// What the base is to the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BaseIs {
+    /// There is none.
+    None,
+    /// It is there when the image is made.
+    Known,
+    /// It is named when the image is made, and attached later.
+    Named,
+    /// It is attached to an image that was made without one.
+    Surprise,
+}
+
+/// The choices.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The seed they come from.
+    pub seed: u64,
+    /// Bytes of a cell, and of the smallest request.
+    pub cell: u64,
+    /// Cells of the disk when it is made.
+    pub cells: u64,
+    /// Where the guest's windows begin, and how long they are.
+    pub starts: Vec<u64>,
+    /// See [`Options::starts`].
+    pub window: u64,
+    /// What the base is.
+    pub base: BaseIs,
+    /// Bytes of the base when the image is made, and from the second session on.
+    pub base_bytes: [u64; 2],
+    /// Copy-on-write unit: bytes; 0: the default.
+    pub block_size: u32,
+    /// Journal: bytes.
+    pub journal_size: u64,
+    /// Blocks that are zero in the base are found at creation.
+    pub holes: bool,
+    /// The data area is written at creation.
+    pub preallocate: bool,
+    /// What the host's image file and base can do.
+    pub limits: [Limits; 2],
+    /// Queues of the image.
+    pub queues: usize,
+    /// Requests under way, at most.
+    pub depth: usize,
+    /// Sessions after the creation.
+    pub sessions: usize,
+    /// Requests of a session, at most.
+    pub requests: u64,
+    /// How often each [`Kind`] is drawn.
+    pub weights: [u64; KINDS],
+    /// In how many of 100 cases reads and writes go the way QEMU takes.
+    pub shim_percent: u64,
+    /// In how many of 100 cases a request is near the last one.
+    pub hot_percent: u64,
+    /// In how many of 100 cases an operation ends before `submit` returns.
+    pub inline_percent: u64,
+    /// Journal units after which a checkpoint starts; 0: half the journal.
+    pub checkpoint_after: u64,
+    /// Longest time that metadata stays uncommitted.
+    pub commit_interval_ns: u64,
+    /// Latency of the image and of the base.
+    pub latency: [Latency; 2],
+    /// In how many of 100 sessions something fails.
+    pub fail_percent: u64,
+    /// In how many of 100 sessions the power goes.
+    pub cut_percent: u64,
+    /// A discard leaves the data as it was, in how many of 100 cases.
+    pub discard_ignored_percent: u64,
+}
+
+/// Blocks a bitmap page has bits for.
+const PAGE_BLOCKS: u64 = fvd_format::page::PAYLOAD_BITS;
+
+impl Options {
+    /// The choices of `seed`.
+    pub fn draw(seed: u64) -> Self {
+        let mut prng = Prng::stream(seed, 1);
+        let p = &mut prng;
+        let cell = p.pick(&[512, 512, 512, 512, 64, 128]);
+        let block_size = p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]);
+        let (cells, starts, window) = disk(p, cell, u64::from(if block_size == 0 { 4096 } else { block_size }));
+        let bytes = cells * cell;
+        let base = p.pick(&[BaseIs::Known, BaseIs::Known, BaseIs::Known, BaseIs::Named, BaseIs::Surprise, BaseIs::None]);
+        let sectors = bytes / 512;
+        let base_sectors = match p.below(5) {
+            0 | 1 => sectors,
+            2 => sectors / 2 + p.below(17),
+            3 => sectors * 2,
+            _ => sectors.saturating_sub(3),
+        };
+        let later = match p.below(8) {
+            0 => base_sectors + p.below(40),
+            1 => base_sectors.saturating_sub(p.below(40)),
+            _ => base_sectors,
+        };
+        let limits = host_limits(p, bytes);
+        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2];
+        for (kind, weight) in weights.iter_mut().enumerate() {
+            let keep = kind == Kind::Write as usize || p.chance(75);
+            *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };
+        }
+        weights[Kind::ChangeBase as usize] = u64::from(p.one_in(6));
+        weights[Kind::Attach as usize] = u64::from(base != BaseIs::None && p.one_in(8));
+        Self {
+            seed,
+            cell,
+            cells,
+            starts,
+            window,
+            base,
+            base_bytes: [base_sectors * 512, later * 512],
+            block_size,
+            journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
+            holes: base == BaseIs::Known && p.chance(30),
+            preallocate: p.chance(if limits[0].grows_zeroed { 5 } else { 50 }),
+            limits,
+            queues: p.pick(&[1, 1, 2, 3]),
+            depth: p.pick(&[1, 2, 4, 8, 16]),
+            sessions: p.between(4, 12) as usize,
+            requests: p.pick(&[20, 60, 120, 240]),
+            weights,
+            shim_percent: p.pick(&[0, 50, 50, 50, 100]),
+            hot_percent: p.pick(&[0, 25, 60]),
+            inline_percent: p.pick(&[0, 0, 0, 30, 100]),
+            checkpoint_after: p.pick(&[0, 1, 2, 4, 9, 30]),
+            commit_interval_ns: p.pick(&[5 * SECOND, 5 * SECOND, MS, 100 * MS]),
+            latency: [Latency::disk(p), Latency::network(p)],
+            fail_percent: p.pick(&[0, 0, 30, 60]),
+            cut_percent: p.pick(&[50, 80, 100]),
+            discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
+        }
+    }
+
+    /// Bytes of the disk when it is made.
+    pub fn disk_bytes(&self) -> u64 {
+        self.cells * self.cell
+    }
+}
+
+/// Cells of the disk, where the guest's windows begin, and their length.
+fn disk(p: &mut Prng, cell: u64, block: u64) -> (u64, Vec<u64>, u64) {
+    let block_cells = block / cell;
+    if p.one_in(5) {
+        // Several pages of bitmap: windows around their borders.
+        let pages = p.between(1, 3);
+        let border = PAGE_BLOCKS * block_cells;
+        let window = (8 * block_cells).clamp(32, 128);
+        let cells = pages * border + p.between(window, 600) / (512 / cell) * (512 / cell);
+        let starts = (0..=pages).map(|i| (i * border).saturating_sub(window / 2)).collect();
+        return (cells, starts, window);
+    }
+    let sectors = match p.below(10) {
+        0 => p.between(1, 16),
+        1..5 => p.between(17, 200),
+        _ => p.between(64, 900),
+    };
+    let cells = sectors * (512 / cell) / if cell < 512 { 4 } else { 1 };
+    let cells = cells.max(512 / cell).next_multiple_of(512 / cell);
+    (cells, vec![0], cells)
+}
+
+/// What the host's files can do.
+fn host_limits(p: &mut Prng, disk_bytes: u64) -> [Limits; 2] {
+    let request_alignment = p.pick(&[1, 512, 512, 4096]);
+    let memory_alignment = if request_alignment == 1 { 1 } else { p.pick(&[1, 512, 4096]).min(request_alignment) };
+    let image = Limits {
+        request_alignment,
+        memory_alignment,
+        write_granule: p.pick(&[4096, 4096, 4096, 16384, 512]),
+        // Garbage must be real bytes: not on a disk of hundreds of MiB.
+        grows_zeroed: disk_bytes > 4 << 20 || !p.one_in(6),
+        cheap_zeroing: p.chance(50),
+        can_fua: false,
+    };
+    let align = p.pick(&[1, 512, 4096]);
+    [image, Limits { request_alignment: align, memory_alignment: if align == 1 { 1 } else { p.pick(&[1, 512]) }, ..Limits::default() }]
+}

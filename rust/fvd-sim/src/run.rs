@@ -1,0 +1,554 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Runs a plan: creation, then sessions that end in a power cut or a close; after each, the disk is
+//! compared with what the oracle allows.
+
+use crate::checker::{Checker, Mode, Model};
+use crate::content::{BASE, FIRST_WRITE, GARBAGE, GARBAGE_BYTE, Tag, ZERO};
+use crate::damage;
+use crate::geometry::{Base, Geometry};
+use crate::guest::{Guest, check_report};
+use crate::memory::Buf;
+use crate::options::{BaseIs, Options};
+use crate::oracle::Oracle;
+use crate::plan::{Act, Cut, Plan, Session};
+use crate::prng::{Prng, mix};
+use crate::store::Store;
+use crate::world::{Failures, RequestId, Setup, World};
+use fvd_engine::faults::Fault;
+use fvd_engine::host::{FILES, Limits};
+use fvd_engine::{Config, CreateParams, Error, Kind, Preallocation, Reply, Request};
+use fvd_format::Header;
+use fvd_format::header::BASE_LENGTH_UNKNOWN;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Steps of a world that a session may take, at most.
+const STEPS_MAX: u64 = 400_000;
+/// Storage that does not grow: bytes.
+const FIXED_LENGTH: u64 = 16 << 20;
+
+/// What a run did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Requests of the guest that ended.
+    pub guest_ops: u64,
+    /// Operations of the host.
+    pub host_ops: u64,
+    /// Power cuts.
+    pub cuts: u64,
+    /// Writable opens of an image that was not closed.
+    pub recoveries: u64,
+    /// The same, read-only: recovery in memory.
+    pub replays: u64,
+    /// Operations made to fail.
+    pub injected: u64,
+    /// Writes of metadata whose order was checked.
+    pub ordered: u64,
+    /// Damaged files opened.
+    pub damaged: u64,
+}
+
+impl Totals {
+    /// Adds another run's numbers.
+    pub fn add(&mut self, other: &Self) {
+        self.guest_ops += other.guest_ops;
+        self.host_ops += other.host_ops;
+        self.cuts += other.cuts;
+        self.recoveries += other.recoveries;
+        self.replays += other.replays;
+        self.injected += other.injected;
+        self.ordered += other.ordered;
+        self.damaged += other.damaged;
+    }
+}
+
+/// What came of a run.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// What it did.
+    pub totals: Totals,
+    /// A hash of every event.
+    pub hash: u64,
+    /// The text of every event, where asked for.
+    pub trace: Vec<String>,
+    /// The first broken promise.
+    pub violation: Option<String>,
+}
+
+/// Runs `plan`.
+pub fn run(plan: &Plan, fault: Option<Fault>, trace: bool) -> Report {
+    let mut run = Run::new(plan, fault, trace);
+    if let Err(text) = run.go() {
+        run.report.violation = Some(text);
+    }
+    run.report
+}
+
+/// A broken promise ends the run.
+type Verdict<T> = Result<T, String>;
+
+struct Run<'a> {
+    plan: &'a Plan,
+    options: &'a Options,
+    fault: Option<Fault>,
+    trace: bool,
+    report: Report,
+    bytes: Store,
+    model: Option<Rc<RefCell<Model>>>,
+    cells: u64,
+    maybe_cells: Option<u64>,
+    next_tag: Tag,
+    /// The file as the last close but one left it.
+    older: Option<Store>,
+    /// A power cut came since the last close.
+    unclean: bool,
+}
+
+/// How a session ended.
+enum End {
+    Cut,
+    Closed,
+}
+
+impl<'a> Run<'a> {
+    fn new(plan: &'a Plan, fault: Option<Fault>, trace: bool) -> Self {
+        let options = &plan.options;
+        let mut bytes = Store::default();
+        if !options.limits[0].grows_zeroed {
+            bytes.fill_pages(0, FIXED_LENGTH, GARBAGE_BYTE);
+        }
+        Self {
+            plan,
+            options,
+            fault,
+            trace,
+            report: Report::default(),
+            bytes,
+            model: None,
+            cells: options.cells,
+            maybe_cells: None,
+            next_tag: FIRST_WRITE,
+            older: None,
+            unclean: false,
+        }
+    }
+
+    fn go(&mut self) -> Verdict<()> {
+        self.create()?;
+        for (number, session) in self.plan.sessions.iter().enumerate() {
+            self.session(number, session)?;
+        }
+        self.verify(self.plan.options.seed ^ 0xf1a1)
+    }
+
+    fn base(&self, number: usize) -> Option<Base> {
+        let options = self.options;
+        let len = options.base_bytes[number.min(1)];
+        let data = options.starts.iter().map(|s| (s.saturating_sub(4), s + options.window + 400)).collect();
+        (options.base != BaseIs::None).then_some(Base { len, cell: options.cell, data })
+    }
+
+    fn config(&self, read_only: bool) -> Config {
+        let options = self.options;
+        let mut limits = [Limits::default(); FILES];
+        (limits[0], limits[2]) = (options.limits[0], options.limits[1]);
+        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, commit_interval_ns: options.commit_interval_ns, ..Config::default() }
+    }
+
+    fn setup(&self, seed: u64, number: usize) -> Setup {
+        let options = self.options;
+        Setup {
+            queues: options.queues,
+            seed,
+            latency: options.latency,
+            inline_percent: options.inline_percent,
+            discard_ignored_percent: options.discard_ignored_percent,
+            trace: self.trace,
+            ..Setup::scripted(self.bytes.clone(), self.base(number), self.config(false))
+        }
+    }
+
+    /// Takes over what a world counted; an error if a promise was broken in it.
+    fn leave(&mut self, world: &Rc<World>) -> Verdict<()> {
+        world.end();
+        let counters = world.counters();
+        self.report.totals.host_ops += counters.ops;
+        self.report.totals.injected += counters.injected;
+        self.report.totals.ordered += world.checker().applied;
+        self.report.hash = mix(self.report.hash ^ world.hash());
+        self.report.trace.extend(world.take_trace());
+        world.violation().map_or(Ok(()), Err)
+    }
+
+    /// Takes the power away; what is left is the next session's file.
+    fn power_cut(&mut self, world: &Rc<World>, cut: &Cut) -> Verdict<()> {
+        self.bytes = world.cut(&cut.keep);
+        self.report.totals.cuts += 1;
+        self.unclean = true;
+        if let Some(model) = &self.model {
+            model.borrow_mut().oracle.crash();
+        }
+        self.leave(world)
+    }
+
+    fn params(&self) -> CreateParams {
+        let options = self.options;
+        let named = matches!(options.base, BaseIs::Known | BaseIs::Named);
+        CreateParams {
+            virtual_size: Some(options.disk_bytes()),
+            block_size: options.block_size,
+            journal_size: options.journal_size,
+            base_name: if named { "base".into() } else { String::new() },
+            base_format: if named { "raw".into() } else { String::new() },
+            detect_sparse_hole: u64::from(options.holes),
+            preallocation: if options.preallocate { Preallocation::Full } else { Preallocation::Off },
+        }
+    }
+
+    /// Makes the image, after some attempts that a power cut ends.
+    fn create(&mut self) -> Verdict<()> {
+        let known = self.options.base == BaseIs::Known;
+        for (attempt, cut) in self.plan.create_cuts.iter().map(Some).chain([None]).enumerate() {
+            let mut setup = self.setup(mix(self.options.seed ^ attempt as u64), 0);
+            setup.attached = known;
+            let world = World::new(setup, Checker::new(Mode::Create, None));
+            world.submit(0, Request::Create(Box::new(self.params())), 0);
+            let Some(outcome) = until_done(&world, 0, cut)? else {
+                self.power_cut(&world, cut.expect("only a cut stops it"))?;
+                self.after_creation_cut(attempt as u64)?;
+                continue;
+            };
+            if let Err(error) = outcome {
+                return Err(format!("creation fails: {error}"));
+            }
+            // Nothing may be lost any more.
+            self.bytes = world.cut(&crate::disk::Keep::Seeded(self.options.seed));
+            self.leave(&world)?;
+            if cut.is_none() {
+                break;
+            }
+        }
+        self.unclean = false;
+        let header = self.read_header()?;
+        self.model = Some(Rc::new(RefCell::new(self.make_model(&header))));
+        Ok(())
+    }
+
+    /// Creation was cut short: the file is no image, or a whole one (CC-33).
+    fn after_creation_cut(&mut self, attempt: u64) -> Verdict<()> {
+        match self.try_header(attempt)? {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind == Kind::Invalid => Ok(()),
+            Err(error) => Err(format!("creation was cut short, and the file looks like an image: {error} (CC-33)")),
+        }
+    }
+
+    fn try_header(&mut self, seed: u64) -> Verdict<Result<Header, Error>> {
+        let mut setup = self.setup(seed, 0);
+        setup.config.read_only = true;
+        let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
+        let opened = world.request(0, Request::Open).ok_or("an open hangs")?;
+        let header = opened.and_then(|_| world.image().info()).map(|info| info.header);
+        self.leave(&world)?;
+        Ok(header)
+    }
+
+    fn read_header(&mut self) -> Verdict<Header> {
+        self.try_header(0)?.map_err(|error| format!("an image just made does not open: {error}"))
+    }
+
+    fn make_model(&self, header: &Header) -> Model {
+        let options = self.options;
+        let geometry = Geometry::new(options.cell, options.cells, options.starts.clone(), options.window);
+        let beyond = if options.limits[0].grows_zeroed || options.preallocate { ZERO } else { GARBAGE };
+        let covered = if header.pristine { u64::MAX } else { header.covered };
+        let tag = |i| if geometry.cell_at(i) * options.cell < covered { BASE } else { beyond };
+        let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
+        let counts = if header.pristine || header.base_length == BASE_LENGTH_UNKNOWN { u64::MAX } else { header.base_length };
+        // What counts of the base may change with its length: then both are possible.
+        let [first, later] = options.base_bytes.map(|len| len.min(counts));
+        oracle.loose = first != later;
+        oracle.base = self.base(0).map(|base| (Base { len: base.len.max(options.base_bytes[1]), ..base }, counts));
+        Model { oracle, geometry }
+    }
+
+    fn model(&self) -> Rc<RefCell<Model>> {
+        self.model.clone().expect("made by the creation")
+    }
+
+    /// One session.
+    fn session(&mut self, number: usize, session: &Session) -> Verdict<()> {
+        let mut prng = Prng::stream(session.seed, 3);
+        if prng.chance(if self.unclean { 50 } else { 25 }) {
+            self.look(prng.bits())?;
+        }
+        let mut setup = self.setup(session.seed, number);
+        setup.failures = session.failures.clone();
+        let world = World::new(setup, Checker::new(Mode::Open, self.model.clone()));
+        let cut = session.cut.as_ref();
+        world.submit(0, Request::Open, 0);
+        let Some(opened) = until_done(&world, 0, cut)? else {
+            return self.power_cut(&world, cut.expect("only a cut stops it"));
+        };
+        if let Err(error) = opened {
+            if world.counters().injected == 0 {
+                return Err(format!("the image does not open: {error}"));
+            }
+            let keep = crate::disk::Keep::Seeded(session.seed);
+            return self.power_cut(&world, &Cut { at: 0, keep });
+        }
+        self.opened(&world)?;
+        match self.work(&world, session, &mut prng)? {
+            End::Cut => {
+                let keep = cut.map_or(crate::disk::Keep::Seeded(session.seed), |cut| cut.keep.clone());
+                self.power_cut(&world, &Cut { at: 0, keep })
+            }
+            End::Closed => {
+                // Whatever was done before is durable, so that this takes nothing away.
+                self.bytes = world.cut(&crate::disk::Keep::Seeded(session.seed));
+                self.leave(&world)?;
+                self.unclean = false;
+                self.model().borrow_mut().oracle.flushed_all();
+                self.after_close(session)
+            }
+        }
+    }
+
+    /// The image is open: its size is the one it had, or the one that a growth may have left.
+    fn opened(&mut self, world: &Rc<World>) -> Verdict<()> {
+        let info = world.image().info().map_err(|error| error.to_string())?;
+        if !info.was_clean {
+            self.report.totals.recoveries += 1;
+        }
+        world.set_metadata_end(info.header.data_offset);
+        let cells = info.header.virtual_size / self.options.cell;
+        if let Some(to) = self.maybe_cells.take().filter(|to| *to == cells) {
+            let model = &mut *self.model.as_ref().expect("made").borrow_mut();
+            model.grow(self.cells, to, info.header.pristine);
+            self.cells = to;
+        }
+        if cells != self.cells {
+            return Err(format!("the disk has {cells} cells after open, not {}", self.cells));
+        }
+        Ok(())
+    }
+
+    /// The guest's requests, then the close.
+    fn work(&mut self, world: &Rc<World>, session: &Session, prng: &mut Prng) -> Verdict<End> {
+        if self.read_all(world, session.cut.as_ref())?.is_none() {
+            return Ok(End::Cut);
+        }
+        let mut guest = Guest::new(world.clone(), self.model(), self.cells, self.next_tag);
+        guest.has_base = self.options.base != BaseIs::None;
+        let mut end = drive(&mut guest, world, session, self.options.depth, prng.chance(30));
+        if end == Ok(true) {
+            end = close(&mut guest, world, session.cut.as_ref());
+        }
+        self.next_tag = guest.next_tag;
+        self.cells = guest.cells;
+        self.maybe_cells = guest.maybe_cells;
+        self.report.totals.guest_ops += guest.ended;
+        match world.violation() {
+            Some(text) => Err(text),
+            None => Ok(if end? { End::Closed } else { End::Cut }),
+        }
+    }
+
+    /// Reads every cell in use; each then holds what was read. `None` after a cut.
+    fn read_all(&mut self, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<Option<()>> {
+        let model = self.model();
+        let (windows, cell) = (model.borrow().geometry.windows.clone(), self.options.cell);
+        for window in windows {
+            let buf = Buf::new(vec![0xee; (window.count * cell) as usize], 0);
+            world.submit(0, Request::Read { offset: window.first * cell, buf: buf.clone() }, RequestId::MAX);
+            let Some(outcome) = until_done(world, RequestId::MAX, cut)? else { return Ok(None) };
+            if let Err(error) = outcome {
+                if world.counters().injected > 0 {
+                    continue;
+                }
+                return Err(format!("a read after open fails: {error}"));
+            }
+            buf.end();
+            let oracle = &mut model.borrow_mut().oracle;
+            let wrong = buf.with(|bytes| {
+                let mut cells = bytes.chunks_exact(cell as usize).enumerate();
+                cells.find(|(i, piece)| !oracle.settle(window.index + i, window.first + *i as u64, piece)).map(|(i, piece)| (i, crate::content::describe(piece)))
+            });
+            if let Some((i, found)) = wrong {
+                return Err(format!("after open, cell {} is {found}: {} (C4)", window.first + i as u64, oracle.explain(window.index + i)));
+            }
+        }
+        Ok(Some(()))
+    }
+
+    /// A read-only open: shows what the oracle allows, and changes nothing.
+    fn look(&mut self, seed: u64) -> Verdict<()> {
+        let mut setup = self.setup(seed, 1);
+        setup.config.read_only = true;
+        let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
+        let opened = world.request(0, Request::Open).ok_or("a read-only open hangs")?;
+        opened.map_err(|error| format!("a read-only open fails: {error}"))?;
+        self.report.totals.replays += u64::from(!world.image().info().map_err(|e| e.to_string())?.was_clean);
+        let cells = world.image().info().map_err(|e| e.to_string())?.header.virtual_size / self.options.cell;
+        if cells != self.cells && self.maybe_cells != Some(cells) {
+            return Err(format!("the disk has {cells} cells in a read-only open, not {}", self.cells));
+        }
+        self.read_all(&world, None)?;
+        self.ask_check(&world)?;
+        world.request(0, Request::Close).ok_or("a read-only close hangs")?.map_err(|error| format!("a read-only close fails: {error}"))?;
+        self.leave(&world)
+    }
+
+    fn ask_check(&self, world: &Rc<World>) -> Verdict<()> {
+        let report: Reply = world.request(0, Request::Check).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
+        check_report(world, &report);
+        Ok(())
+    }
+
+    /// Opens, compares, checks, closes: nothing is made to fail.
+    fn verify(&mut self, seed: u64) -> Verdict<()> {
+        let world = World::new(self.setup(seed, 1), Checker::new(Mode::Open, self.model.clone()));
+        let opened = world.request(0, Request::Open).ok_or("an open hangs")?;
+        opened.map_err(|error| format!("the image does not open: {error}"))?;
+        self.opened(&world)?;
+        self.read_all(&world, None)?;
+        self.ask_check(&world)?;
+        world.request(0, Request::Close).ok_or("a close hangs")?.map_err(|error| format!("a close fails: {error}"))?;
+        self.bytes = world.disk().stable.clone();
+        self.leave(&world)
+    }
+
+    fn after_close(&mut self, session: &Session) -> Verdict<()> {
+        if let Some(seed) = session.damage {
+            let mut prng = Prng::new(seed);
+            let harmed = damage::draw(&self.bytes, self.older.as_ref(), &mut prng);
+            if let Some(harmed) = harmed {
+                self.open_damaged(&harmed, prng.chance(50), seed)?;
+            }
+        }
+        self.older = Some(self.bytes.clone());
+        Ok(())
+    }
+
+    /// Opens a damaged copy: an error, or nothing but right data; a lost page is found by check.
+    fn open_damaged(&mut self, harmed: &damage::Harmed, read_only: bool, seed: u64) -> Verdict<()> {
+        self.report.totals.damaged += 1;
+        let mut setup = Setup { bytes: harmed.bytes.clone(), ..self.setup(seed, 1) };
+        setup.config.read_only = read_only;
+        setup.failures = Failures::default();
+        let world = World::new(setup, Checker::new(if read_only { Mode::ReadOnly } else { Mode::Damaged }, None));
+        let what = &harmed.what;
+        let opened = world.request(0, Request::Open).ok_or_else(|| format!("an open hangs after {what}"))?;
+        if opened.is_ok() {
+            if harmed.must_not_open {
+                return Err(format!("the image opens after {what}"));
+            }
+            let report = world.request(0, Request::Check).ok_or_else(|| format!("a check hangs after {what}"))?;
+            if harmed.check_must_find && matches!(&report, Ok(Reply::Check(report)) if report.corruptions == 0) {
+                return Err(format!("check finds nothing after {what}"));
+            }
+            if !harmed.check_must_find {
+                self.read_damaged(&world, what)?;
+            }
+        }
+        self.leave(&world)
+    }
+
+    fn read_damaged(&self, world: &Rc<World>, what: &str) -> Verdict<()> {
+        let model = self.model();
+        let (windows, cell) = (model.borrow().geometry.windows.clone(), self.options.cell);
+        for window in windows {
+            let buf = Buf::new(vec![0xee; (window.count * cell) as usize], 0);
+            let outcome = world.request(0, Request::Read { offset: window.first * cell, buf: buf.clone() });
+            if !matches!(outcome, Some(Ok(_))) {
+                continue;
+            }
+            let model = model.borrow();
+            for i in 0..window.count as usize {
+                let at = i * cell as usize;
+                let right = buf.with(|bytes| model.oracle.may_survive(window.index + i, window.first + i as u64, &bytes[at..at + cell as usize]));
+                if !right {
+                    return Err(format!("after {what}, cell {} is read wrong without an error: {}", window.first + i as u64, model.oracle.explain(window.index + i)));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the time of the power cut has come.
+fn reached(world: &World, cut: Option<&Cut>) -> bool {
+    cut.is_some_and(|cut| world.counters().ops >= cut.at)
+}
+
+/// Runs until request `id` ends; `None` if the power goes first.
+fn until_done(world: &Rc<World>, id: RequestId, cut: Option<&Cut>) -> Verdict<Option<Result<Reply, Error>>> {
+    for _ in 0..STEPS_MAX {
+        if let Some((ended, outcome)) = world.take_done() {
+            if ended != id {
+                return Err(format!("request {ended} ends instead of {id}"));
+            }
+            return Ok(Some(outcome));
+        }
+        if reached(world, cut) {
+            return Ok(None);
+        }
+        if let Some(text) = world.violation() {
+            return Err(text);
+        }
+        if !world.step() {
+            return Err(format!("request {id} hangs"));
+        }
+    }
+    Err(format!("request {id} does not end"))
+}
+
+/// Does the steps of a session. False after a cut. With `overlap`, the last requests may still be
+/// under way at the end.
+fn drive(guest: &mut Guest, world: &Rc<World>, session: &Session, depth: usize, overlap: bool) -> Verdict<bool> {
+    let cut = session.cut.as_ref();
+    let mut steps = session.steps.iter();
+    let mut next = steps.next();
+    for _ in 0..STEPS_MAX {
+        if world.violation().is_some() || reached(world, cut) {
+            return Ok(false);
+        }
+        match next {
+            Some(step) if guest.under_way() < depth && (step.act != Act::Drain || guest.under_way() == 0) => {
+                guest.issue(step);
+                next = steps.next();
+            }
+            None if guest.under_way() == 0 || (overlap && guest.all_by_engine()) => return Ok(true),
+            _ => {
+                if !world.step() && !guest.reap() {
+                    return Err(format!("requests hang: {}", guest.describe()));
+                }
+            }
+        }
+        guest.reap();
+        if let Some(text) = guest.overdue() {
+            return Err(text);
+        }
+    }
+    Err(format!("a session of {} requests does not end: {}", session.steps.len(), guest.describe()))
+}
+
+/// Closes, with what is still under way. False if the power goes first, or an error that was made
+/// to happen stops it.
+fn close(guest: &mut Guest, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<bool> {
+    const ID: RequestId = RequestId::MAX - 1;
+    world.submit(0, Request::Close, ID);
+    for _ in 0..STEPS_MAX {
+        match world.take_done() {
+            Some((ID, outcome)) if guest.under_way() > 0 => return Err(format!("close ends before {}: {outcome:?}", guest.describe())),
+            Some((ID, Ok(_))) => return Ok(true),
+            Some((ID, Err(_))) if world.counters().injected > 0 => return Ok(false),
+            Some((ID, Err(error))) => return Err(format!("close fails though nothing was made to fail: {error}")),
+            Some(other) => guest.take(other),
+            None if reached(world, cut) || world.violation().is_some() => return Ok(false),
+            None if !world.step() => return Err(format!("close hangs; {}", guest.describe())),
+            None => {}
+        }
+    }
+    Err("close does not end".into())
+}

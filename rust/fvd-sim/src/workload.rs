@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Requests that hurt: overlapping and adjacent, at the borders of blocks, pages and windows, many
+//! at once.
+
+use crate::clock::{MS, SECOND};
+use crate::disk::Keep;
+use crate::geometry::Geometry;
+use crate::options::{KINDS, Kind, Options};
+use crate::plan::{Act, Cut, Plan, Session, Step};
+use crate::prng::Prng;
+use crate::world::Failures;
+
+/// Draws the plan of a seed.
+pub fn plan(seed: u64) -> Plan {
+    let options = Options::draw(seed);
+    let mut prng = Prng::stream(seed, 2);
+    let mut create_cuts = Vec::new();
+    while prng.chance(30) && create_cuts.len() < 3 {
+        create_cuts.push(Cut { at: prng.below(20), keep: Keep::Seeded(prng.bits()) });
+    }
+    let mut draw = Draw { geometry: Geometry::new(options.cell, options.cells, options.starts.clone(), options.window), cells: options.cells, last: 0, prng, options: &options };
+    let sessions = (0..options.sessions).map(|i| draw.session(i)).collect();
+    Plan { create_cuts, sessions, options }
+}
+
+struct Draw<'a> {
+    options: &'a Options,
+    geometry: Geometry,
+    /// Cells of the disk, if every growth so far happened.
+    cells: u64,
+    /// Where the last request ended.
+    last: u64,
+    prng: Prng,
+}
+
+impl Draw<'_> {
+    fn session(&mut self, number: usize) -> Session {
+        let options = self.options;
+        let p = &mut self.prng;
+        let wanted = p.between(options.requests / 4, options.requests);
+        let cut = p.chance(options.cut_percent).then(|| {
+            let at = match p.below(10) {
+                // During recovery, or the first write of all.
+                0 | 1 => p.below(30),
+                _ => p.below(3 * wanted + 40),
+            };
+            Cut { at, keep: Keep::Seeded(p.bits()) }
+        });
+        let mut failures = Failures::default();
+        if p.chance(options.fail_percent) {
+            failures.errno = p.pick(&[-5, -5, -28]);
+            match p.below(4) {
+                0 => failures.image_one_in = p.pick(&[15, 60, 300]),
+                1 => failures.base_one_in = p.pick(&[3, 20]),
+                n => (failures.at, failures.forever) = (Some(p.below(3 * wanted)), n == 2 && p.chance(40)),
+            }
+        }
+        let damage = p.one_in(4).then(|| p.bits());
+        let seed = p.bits();
+        let mut steps = Vec::with_capacity(wanted as usize);
+        for i in 0..wanted {
+            // The first write of an image is special; it should not be the same every time.
+            let act = self.act(number == 0 && i < 3);
+            let address = if self.options.cell < 512 { self.prng.below(64) * 64 } else { self.prng.pick(&[0, 0, 0, 512, 64, 3584]) };
+            let queue = self.prng.below(self.options.queues as u64) as u8;
+            steps.push(Step { act, queue, shim: self.prng.chance(self.options.shim_percent), address: address as u16 });
+        }
+        Session { seed, cut, failures, steps, damage }
+    }
+
+    fn act(&mut self, early: bool) -> Act {
+        let weights = &self.options.weights;
+        let mut left = self.prng.below(weights.iter().sum());
+        let mut kind = 0;
+        while kind + 1 < KINDS && left >= weights[kind] {
+            left -= weights[kind];
+            kind += 1;
+        }
+        let (first, count) = self.range();
+        let p = &mut self.prng;
+        match kind {
+            k if k == Kind::Write as usize => Act::Write { first, count, fua: false },
+            k if k == Kind::Fua as usize => Act::Write { first, count, fua: true },
+            k if k == Kind::Zero as usize => Act::Zero { first, count, may_unmap: p.chance(50), fua: p.chance(10) },
+            k if k == Kind::Discard as usize => Act::Discard { first, count },
+            k if k == Kind::Flush as usize => Act::Flush,
+            k if k == Kind::Read as usize => Act::Read { first, count },
+            k if k == Kind::Status as usize => Act::Status { first, count },
+            k if k == Kind::Grow as usize && !early => self.grow(),
+            k if k == Kind::ChangeBase as usize => Act::ChangeBase,
+            k if k == Kind::Check as usize => Act::Check,
+            k if k == Kind::Beyond as usize => Act::Beyond { write: p.chance(50) },
+            k if k == Kind::Sleep as usize => Act::Sleep { ns: p.pick(&[MS, 200 * MS, 6 * SECOND]) },
+            k if k == Kind::Attach as usize => Act::Attach { attached: p.chance(60) },
+            k if k == Kind::Drain as usize => Act::Drain,
+            _ => Act::Write { first, count, fua: false },
+        }
+    }
+
+    fn grow(&mut self) -> Act {
+        let sector = 512 / self.options.cell;
+        let cells = match self.prng.below(8) {
+            0 => self.prng.between(1, 5000) * sector,
+            _ => self.prng.between(1, 40) * sector,
+        };
+        self.geometry.grow(self.cells, self.cells + cells);
+        self.cells += cells;
+        Act::Grow { cells }
+    }
+
+    /// Where a request is: within one window.
+    fn range(&mut self) -> (u64, u64) {
+        let p = &mut self.prng;
+        let block = u64::from(self.options.block_size.max(4096)) / self.options.cell;
+        let windows = &self.geometry.windows;
+        let window = windows[p.below(windows.len() as u64) as usize];
+        let within = match p.below(100) {
+            n if n < self.options.hot_percent => p.below(block.min(window.count) * 2).min(window.count - 1),
+            n if n < self.options.hot_percent + 10 => {
+                let at = self.last.saturating_sub(window.first);
+                if at < window.count { at } else { 0 }
+            }
+            n if n % 2 == 0 => {
+                // A border of blocks.
+                let at = (window.first + p.below(window.count)) / block * block;
+                at.max(window.first) - window.first
+            }
+            _ => p.below(window.count),
+        };
+        let most = window.count - within;
+        let count = match p.below(12) {
+            0 | 1 => 1,
+            2 => block,
+            3 => block - 1,
+            4 => block + 1,
+            5 => 2 * block,
+            6 => p.between(1, 5 * block),
+            _ => p.between(1, block),
+        };
+        let first = window.first + within;
+        let count = count.clamp(1, most.min(160));
+        self.last = first + count;
+        (first, count)
+    }
+}

@@ -1,0 +1,649 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The world of one open image: a host of simulated files, clock, network and failures.
+//!
+//! One world is one session: it starts with the bytes of a file and ends with a power cut or a
+//! close, which leave bytes for the next. It does nothing by itself: each [`World::step`] is one
+//! event – an operation ends, a timer fires, a woken queue runs – and everything that could come
+//! out otherwise is drawn from one stream of random numbers. Same setup and same calls, same
+//! events, same [`World::hash`]. Nothing of a world is kept in statics, so that a script can be
+//! run again with another power cut, another failing operation, or one request less.
+
+use crate::checker::Checker;
+use crate::clock::Latency;
+use crate::disk::{Change, Disk, Keep};
+use crate::geometry::Base;
+use crate::memory::Buf;
+use crate::prng::{Prng, mix};
+use crate::store::{PAGE, Store};
+use fvd_engine::host::*;
+use fvd_engine::{Config, Error, Image, Lookup, Queue, Reply, Request};
+use std::cell::{Ref, RefCell, RefMut};
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Names a request of the guest.
+pub type RequestId = u64;
+/// Result of a guest request.
+pub type Outcome = Result<Reply, Error>;
+
+const EIO: i64 = -5;
+const ENOMEDIUM: i64 = -123;
+
+/// Which operations fail.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Failures {
+    /// The operation with this number, counted from 0 in order of completion.
+    pub at: Option<u64>,
+    /// And every later one.
+    pub forever: bool,
+    /// With this negative errno; 0: EIO.
+    pub errno: i64,
+    /// Any operation on the image file, in one of so many cases; 0: none.
+    pub image_one_in: u64,
+    /// Any operation on the base, likewise.
+    pub base_one_in: u64,
+}
+
+/// What a world is made of.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The image file.
+    pub bytes: Store,
+    /// The base, where there is one.
+    pub base: Option<Base>,
+    /// Whether the base is attached at the start.
+    pub attached: bool,
+    /// What the image handle is made with.
+    pub config: Config,
+    /// How many queues work on the image.
+    pub queues: usize,
+    /// Everything that is left to chance.
+    pub seed: u64,
+    /// How long operations on the image take, and on the base.
+    pub latency: [Latency; 2],
+    /// In how many of 100 cases an operation ends before `submit` returns.
+    pub inline_percent: u64,
+    /// Which operations fail.
+    pub failures: Failures,
+    /// A discard leaves the data as it was, in how many of 100 cases.
+    pub discard_ignored_percent: u64,
+    /// Keep a text of everything that happens.
+    pub trace: bool,
+}
+
+impl Setup {
+    /// A world without chance or failures, for scripts: one queue, operations end in order.
+    pub fn scripted(bytes: Store, base: Option<Base>, config: Config) -> Self {
+        Self {
+            bytes,
+            base,
+            attached: true,
+            config,
+            queues: 1,
+            seed: 0,
+            latency: [Latency::NONE; 2],
+            inline_percent: 0,
+            failures: Failures::default(),
+            discard_ignored_percent: 0,
+            trace: false,
+        }
+    }
+}
+
+/// Who asked for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    /// The engine, by a queue.
+    Engine(usize, Token),
+    /// The guest's side, after a lookup: the way QEMU takes.
+    Own(RequestId),
+}
+
+struct Pending {
+    owner: Owner,
+    op: HostOp<Buf>,
+    /// What a flush covers.
+    mark: u64,
+}
+
+/// Numbers of what happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Host operations that ended.
+    pub ops: u64,
+    /// Of these, made to fail.
+    pub injected: u64,
+    /// Flushes among them.
+    pub flushes_failed: u64,
+    /// Writes, zeroings, discards, truncations that the engine asked for.
+    pub changes: u64,
+}
+
+/// What the host keeps.
+pub struct Inner {
+    disk: Disk,
+    base: Option<Base>,
+    attached: bool,
+    now: u64,
+    prng: Prng,
+    setup: Setup,
+    pending: BTreeMap<(u64, u64), Pending>,
+    issued: u64,
+    timers: Vec<u64>,
+    done: VecDeque<(RequestId, Outcome)>,
+    own_done: VecDeque<(RequestId, i64)>,
+    /// The checks of the engine's side of the contract.
+    pub checker: Checker,
+    counters: Counters,
+    hash: u64,
+    trace: Vec<String>,
+    violation: Option<String>,
+}
+
+/// The world.
+pub struct World {
+    inner: RefCell<Inner>,
+    image: Arc<Image>,
+    queues: RefCell<Vec<Rc<Queue<SimHost>>>>,
+    woken: Vec<Arc<AtomicBool>>,
+}
+
+/// The host of one queue.
+pub struct SimHost {
+    world: Rc<World>,
+    queue: usize,
+}
+
+struct SimWake(Arc<AtomicBool>);
+
+impl Wake for SimWake {
+    fn wake(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Host for SimHost {
+    type Buf = Buf;
+    type Done = RequestId;
+
+    fn submit(&self, token: Token, op: HostOp<Buf>) {
+        self.world.issue(Owner::Engine(self.queue, token), op);
+    }
+    fn done(&self, done: RequestId, result: Outcome) {
+        let mut inner = self.world.inner.borrow_mut();
+        inner.note(2, [done, result.as_ref().err().map_or(0, |e| e.text.len() as u64 + 1), 0, 0], || format!("request {done}: {result:?}"));
+        inner.done.push_back((done, result));
+    }
+    fn now_ns(&self) -> u64 {
+        self.world.inner.borrow().now
+    }
+    fn random(&self, to: &mut [u8]) {
+        let mut inner = self.world.inner.borrow_mut();
+        to.fill_with(|| inner.prng.bits() as u8);
+    }
+    fn set_timer(&self, at_ns: u64) {
+        self.world.inner.borrow_mut().timers[self.queue] = at_ns;
+    }
+    fn log(&self, level: LogLevel, text: &str) {
+        self.world.inner.borrow_mut().say(|| format!("log {level:?}: {text}"));
+    }
+}
+
+fn kind_number(kind: OpKind) -> u64 {
+    match kind {
+        OpKind::Read => 1,
+        OpKind::Write { .. } => 2,
+        OpKind::Flush => 3,
+        OpKind::WriteZeroes { may_unmap } => 4 + u64::from(may_unmap),
+        OpKind::Discard => 6,
+        OpKind::Truncate => 7,
+        OpKind::GetLength => 8,
+        OpKind::BaseStatus => 9,
+    }
+}
+
+/// Whether an operation changes a file.
+pub fn is_change(kind: OpKind) -> bool {
+    matches!(kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard | OpKind::Truncate)
+}
+
+impl World {
+    /// Makes a world. The image is not open yet.
+    pub fn new(setup: Setup, checker: Checker) -> Rc<Self> {
+        let image = Image::new(setup.config.clone());
+        let woken: Vec<_> = (0..setup.queues).map(|_| Arc::new(AtomicBool::new(false))).collect();
+        let mut disk = Disk::new(setup.bytes.clone());
+        disk.granule = setup.config.limits[0].write_granule.max(4096) as usize;
+        let inner = Inner {
+            disk,
+            base: setup.base.clone(),
+            attached: setup.attached,
+            now: 1,
+            prng: Prng::new(setup.seed),
+            pending: BTreeMap::new(),
+            issued: 0,
+            timers: vec![u64::MAX; setup.queues],
+            done: VecDeque::new(),
+            own_done: VecDeque::new(),
+            checker,
+            counters: Counters::default(),
+            hash: mix(setup.seed),
+            trace: Vec::new(),
+            violation: None,
+            setup,
+        };
+        let world = Rc::new(Self { inner: RefCell::new(inner), image: image.clone(), queues: RefCell::default(), woken });
+        for (queue, woken) in world.woken.iter().enumerate() {
+            let host = SimHost { world: world.clone(), queue };
+            world.queues.borrow_mut().push(Queue::new(image.clone(), host, Box::new(SimWake(woken.clone()))));
+        }
+        world
+    }
+
+    /// The image.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// Alignment of requests and of memory that the image file demands.
+    pub fn image_alignment(&self) -> [u32; 2] {
+        let limits = self.inner.borrow().setup.config.limits[0];
+        [limits.request_alignment, limits.memory_alignment]
+    }
+
+    /// The checks.
+    pub fn checker(&self) -> RefMut<'_, Checker> {
+        RefMut::map(self.inner.borrow_mut(), |inner| &mut inner.checker)
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> Ref<'_, Disk> {
+        Ref::map(self.inner.borrow(), |inner| &inner.disk)
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> Counters {
+        self.inner.borrow().counters
+    }
+
+    /// A hash of every event so far.
+    pub fn hash(&self) -> u64 {
+        self.inner.borrow().hash
+    }
+
+    /// The text of every event so far, where it is kept.
+    pub fn take_trace(&self) -> Vec<String> {
+        std::mem::take(&mut self.inner.borrow_mut().trace)
+    }
+
+    /// Which part of its contract the engine broke, or the guest's view of the disk.
+    pub fn violation(&self) -> Option<String> {
+        self.inner.borrow().violation.clone()
+    }
+
+    /// Notes a broken promise; the first one counts.
+    pub fn fail(&self, text: impl Into<String>) {
+        self.inner.borrow_mut().violation.get_or_insert(text.into());
+    }
+
+    /// Attaches or detaches the base.
+    pub fn attach(&self, attached: bool) {
+        let mut inner = self.inner.borrow_mut();
+        inner.note(3, [u64::from(attached), 0, 0, 0], || format!("base attached: {attached}"));
+        inner.attached = attached;
+    }
+
+    /// Moves the clock: timers fire at the next steps.
+    pub fn sleep(&self, ns: u64) {
+        self.inner.borrow_mut().now += ns;
+    }
+
+    /// The clock.
+    pub fn now(&self) -> u64 {
+        self.inner.borrow().now
+    }
+
+    /// Metadata ends here; a cut may destroy pages below.
+    pub fn set_metadata_end(&self, end: u64) {
+        self.inner.borrow_mut().disk.metadata_end = end;
+    }
+
+    /// A request of the guest enters by a queue.
+    pub fn submit(&self, queue: usize, request: Request<Buf>, id: RequestId) {
+        self.inner.borrow_mut().say(|| format!("queue {queue}: request {id} begins"));
+        let queue = self.queues.borrow()[queue].clone();
+        queue.submit(request, id);
+    }
+
+    /// The guest's side looks up a range, as QEMU's driver does. An answer with data is a bracket
+    /// that [`Image::end`] closes.
+    pub fn lookup(&self, queue: usize, offset: u64, len: u64, write: bool) -> Lookup {
+        let found = self.image.lookup(queue, offset, len, write);
+        let place = match found {
+            Lookup::Data { offset, len, .. } => [1, offset, len, 0],
+            Lookup::Ask => [0; 4],
+        };
+        self.inner.borrow_mut().note(4, place, || format!("lookup {offset}+{len} write {write}: {found:?}"));
+        found
+    }
+
+    /// I/O of the guest's side on what a lookup gave it; ends with [`World::take_own_done`].
+    pub fn own_io(&self, id: RequestId, op: HostOp<Buf>) {
+        self.issue(Owner::Own(id), op);
+    }
+
+    /// A request of the guest that ended.
+    pub fn take_done(&self) -> Option<(RequestId, Outcome)> {
+        self.inner.borrow_mut().done.pop_front()
+    }
+
+    /// I/O of the guest's side that ended.
+    pub fn take_own_done(&self) -> Option<(RequestId, i64)> {
+        self.inner.borrow_mut().own_done.pop_front()
+    }
+
+    /// Operations under way: kind, file, offset, length, in the order in which they would end.
+    pub fn under_way(&self) -> Vec<(OpKind, FileId, u64, u64)> {
+        self.inner.borrow().pending.values().map(|p| (p.op.kind, p.op.file, p.op.offset, p.op.len)).collect()
+    }
+
+    fn issue(&self, owner: Owner, op: HostOp<Buf>) {
+        let inline = {
+            let mut inner = self.inner.borrow_mut();
+            let inner = &mut *inner;
+            let who = match owner {
+                Owner::Engine(queue, token) => [queue as u64, token],
+                Owner::Own(id) => [u64::MAX, id],
+            };
+            inner.note(0, [who[0] ^ who[1] << 8, kind_number(op.kind) << 4 | op.file as u64, op.offset, op.len], || {
+                format!("{owner:?} {:?} {:?} {}+{}", op.file, op.kind, op.offset, op.len)
+            });
+            let engine = matches!(owner, Owner::Engine(..));
+            if is_change(op.kind) && engine {
+                inner.counters.changes += 1;
+            }
+            let limits = inner.setup.config.limits[op.file as usize];
+            if let Err(text) = inner.checker.submit(&inner.disk, &limits, &op, engine) {
+                inner.violation.get_or_insert(text);
+            }
+            let inline = engine && inner.setup.inline_percent > 0 && inner.prng.chance(inner.setup.inline_percent);
+            let base = usize::from(op.file == FileId::Base);
+            let due = if inline { 0 } else { inner.now + inner.setup.latency[base].draw(&mut inner.prng) };
+            let key = (due, inner.issued);
+            inner.issued += 1;
+            let mark = inner.disk.mark();
+            inner.pending.insert(key, Pending { owner, op, mark });
+            inline.then_some(key)
+        };
+        if let Some(key) = inline {
+            self.finish(key, None);
+        }
+    }
+
+    /// One event. False if nothing is left that could happen by itself.
+    pub fn step(&self) -> bool {
+        let busy = !self.inner.borrow().pending.is_empty();
+        for (queue, woken) in self.woken.iter().enumerate() {
+            if woken.load(Ordering::Relaxed) && !(busy && self.inner.borrow_mut().prng.chance(20)) {
+                woken.store(false, Ordering::Relaxed);
+                let queue = self.queues.borrow()[queue].clone();
+                queue.run();
+                return true;
+            }
+        }
+        let (next, timer) = {
+            let inner = self.inner.borrow();
+            let timer = inner.timers.iter().enumerate().min_by_key(|(_, at)| **at).map(|(queue, at)| (*at, queue));
+            (inner.pending.first_key_value().map(|(key, _)| *key), timer.filter(|(at, _)| *at != u64::MAX))
+        };
+        match (next, timer) {
+            (Some(key), timer) if timer.is_none_or(|(at, _)| key.0 <= at) => self.finish(key, None),
+            (_, Some((at, queue))) => {
+                {
+                    let mut inner = self.inner.borrow_mut();
+                    inner.now = inner.now.max(at);
+                    inner.timers[queue] = u64::MAX;
+                    inner.note(5, [queue as u64, 0, 0, 0], || format!("timer of queue {queue}"));
+                }
+                let queue = self.queues.borrow()[queue].clone();
+                queue.timer();
+            }
+            _ => return self.woken.iter().any(|w| w.load(Ordering::Relaxed)),
+        }
+        true
+    }
+
+    /// Ends the `nth` operation under way, in the order of [`World::under_way`]: for scripts that
+    /// choose the order themselves. `Some(errno)` makes it fail.
+    pub fn finish_nth(&self, nth: usize, errno: Option<i64>) {
+        let key = *self.inner.borrow().pending.keys().nth(nth).expect("an operation under way");
+        self.finish(key, errno);
+    }
+
+    fn finish(&self, key: (u64, u64), errno: Option<i64>) {
+        let (owner, op, ret) = {
+            let mut inner = self.inner.borrow_mut();
+            let Pending { owner, mut op, mark } = inner.pending.remove(&key).expect("an operation under way");
+            inner.now = inner.now.max(key.0);
+            let errno = errno.or_else(|| inner.draw_failure(&op));
+            let ret = match errno {
+                Some(errno) => inner.fail_op(&op, mark, errno),
+                None => inner.perform(&mut op, mark),
+            };
+            inner.counters.ops += 1;
+            inner.note(1, [key.1, ret as u64, 0, 0], || format!("{owner:?} ends: {:?} {}+{} -> {ret}", op.kind, op.offset, op.len));
+            let inner = &mut *inner;
+            inner.checker.complete(&inner.disk, &op, mark, ret, matches!(owner, Owner::Engine(..)));
+            (owner, op, ret)
+        };
+        match owner {
+            Owner::Engine(queue, token) => {
+                let queue = self.queues.borrow()[queue].clone();
+                if !queue.complete(token, ret, op) {
+                    self.fail(format!("the engine does not know operation {token:#x}"));
+                }
+            }
+            Owner::Own(id) => self.inner.borrow_mut().own_done.push_back((id, ret)),
+        }
+    }
+
+    /// Ends one request; `None` if nothing more can happen.
+    pub fn request(&self, queue: usize, request: Request<Buf>) -> Option<Outcome> {
+        self.submit(queue, request, RequestId::MAX);
+        loop {
+            if let Some((id, outcome)) = self.take_done() {
+                assert_eq!(id, RequestId::MAX, "one request at a time");
+                return Some(outcome);
+            }
+            if !self.step() {
+                return None;
+            }
+        }
+    }
+
+    /// Runs until nothing is under way; timers that lie ahead do not count.
+    pub fn settle(&self) {
+        while !self.inner.borrow().pending.is_empty() || self.woken.iter().any(|w| w.load(Ordering::Relaxed)) {
+            self.step();
+        }
+    }
+
+    /// Whether no queue has anything to do.
+    pub fn is_idle(&self) -> bool {
+        self.queues.borrow().iter().all(|q| q.is_idle())
+    }
+
+    /// The power goes. Returns what is left of the image file.
+    pub fn cut(&self, keep: &Keep) -> Store {
+        let store = {
+            let mut inner = self.inner.borrow_mut();
+            inner.say(|| format!("power cut: {keep:?}"));
+            let pending = std::mem::take(&mut inner.pending);
+            let mut ordered: Vec<_> = pending.into_iter().collect();
+            ordered.sort_by_key(|(key, _)| key.1);
+            let mut changes = Vec::new();
+            for (_, pending) in ordered {
+                changes.extend(inner.change_of(&pending.op).filter(|_| pending.op.file == FileId::Image));
+            }
+            std::mem::take(&mut inner.disk).cut(changes, keep)
+        };
+        self.end();
+        store
+    }
+
+    /// The session is over: what the queues still hold is dropped, as when a process ends.
+    pub fn end(&self) {
+        for queue in self.queues.take() {
+            queue.abandon();
+        }
+        let mut inner = self.inner.borrow_mut();
+        inner.pending.clear();
+        inner.done.clear();
+        inner.own_done.clear();
+    }
+}
+
+impl Inner {
+    /// Adds an event to the hash and, where one is kept, to the text.
+    fn note(&mut self, what: u64, numbers: [u64; 4], text: impl FnOnce() -> String) {
+        let mut hash = self.hash ^ what ^ self.now << 8;
+        for number in numbers {
+            hash = (hash.rotate_left(23) ^ number).wrapping_mul(0x9fb2_1c65_1e98_df25);
+        }
+        self.hash = hash ^ hash >> 29;
+        self.say(text);
+    }
+
+    fn say(&mut self, text: impl FnOnce() -> String) {
+        if self.setup.trace {
+            self.trace.push(format!("{:>12} {}", self.now, text()));
+        }
+    }
+
+    fn draw_failure(&mut self, op: &HostOp<Buf>) -> Option<i64> {
+        let failures = &self.setup.failures;
+        let number = self.counters.ops;
+        let planned = failures.at.is_some_and(|at| number == at || (failures.forever && number > at));
+        let one_in = if op.file == FileId::Base { failures.base_one_in } else { failures.image_one_in };
+        let errno = if failures.errno == 0 { EIO } else { failures.errno };
+        // Where there is no medium, there is nothing to fail.
+        let there = op.file != FileId::Base || (self.attached && self.base.is_some());
+        let fails = there && (planned || (one_in != 0 && self.prng.one_in(one_in)));
+        fails.then_some(errno)
+    }
+
+    /// An operation fails: what it was to change may have happened in part.
+    fn fail_op(&mut self, op: &HostOp<Buf>, mark: u64, errno: i64) -> i64 {
+        self.counters.injected += 1;
+        if op.kind == OpKind::Flush {
+            self.counters.flushes_failed += 1;
+            self.disk.flush_failed(mark, &mut self.prng);
+            return errno;
+        }
+        match self.change_of(op) {
+            Some(Change::Bytes(offset, bytes)) => {
+                let odds = self.prng.pick(&[0, 0, 50, 100]);
+                for (i, sector) in bytes.chunks(crate::content::SECTOR).enumerate() {
+                    if self.prng.chance(odds) {
+                        self.disk.change(Change::Bytes(offset + (i * crate::content::SECTOR) as u64, Rc::new(sector.to_vec())));
+                    }
+                }
+            }
+            Some(change) if self.prng.chance(30) => self.disk.change(change),
+            _ => {}
+        }
+        errno
+    }
+
+    /// What an operation would change.
+    fn change_of(&mut self, op: &HostOp<Buf>) -> Option<Change> {
+        match op.kind {
+            OpKind::Write { .. } => Some(Change::Bytes(op.offset, Rc::new(bytes_of(op)))),
+            OpKind::WriteZeroes { .. } => Some(Change::Zero(op.offset, op.len)),
+            OpKind::Discard if self.setup.discard_ignored_percent > 0 && self.prng.chance(self.setup.discard_ignored_percent) => None,
+            OpKind::Discard => Some(Change::Zero(op.offset, op.len)),
+            OpKind::Truncate => Some(Change::Length(op.offset)),
+            _ => None,
+        }
+    }
+
+    fn perform(&mut self, op: &mut HostOp<Buf>, mark: u64) -> i64 {
+        if op.file == FileId::Base {
+            return match self.base.as_ref().filter(|_| self.attached) {
+                None => ENOMEDIUM,
+                Some(base) => base_op(base, op),
+            };
+        }
+        match op.kind {
+            OpKind::Read => {
+                let mut at = op.offset;
+                for segment in &mut op.segments {
+                    let len = segment.len() as u64;
+                    read_segment(segment, at, |offset, to| self.disk.view.read(offset, to));
+                    at += len;
+                }
+            }
+            OpKind::Flush => self.disk.flush(mark),
+            OpKind::GetLength => return self.disk.view.len() as i64,
+            OpKind::BaseStatus => return EIO,
+            _ => {
+                if let Some(change) = self.change_of(op) {
+                    self.disk.change(change);
+                }
+            }
+        }
+        0
+    }
+}
+
+/// Reads from the base, or tells of it.
+fn base_op(base: &Base, op: &mut HostOp<Buf>) -> i64 {
+    match op.kind {
+        OpKind::Read => {
+            let mut at = op.offset;
+            for segment in &mut op.segments {
+                let len = segment.len() as u64;
+                read_segment(segment, at, |offset, to| base.read(offset, to));
+                at += len;
+            }
+            0
+        }
+        OpKind::GetLength => base.len as i64,
+        OpKind::BaseStatus => {
+            let (data, len) = base.status(op.offset, op.len);
+            len as i64 | if data { STATUS_DATA } else { 0 }
+        }
+        _ => EIO,
+    }
+}
+
+fn read_segment(segment: &mut Segment<Buf>, offset: u64, read: impl Fn(u64, &mut [u8])) {
+    match segment {
+        Segment::Guest { buf, at, len } => buf.with_mut(*at, *len, |to| read(offset, to)),
+        Segment::Own { buf, at: 0, len } => {
+            for (i, page) in buf.pages_mut().iter_mut().enumerate().take(len.div_ceil(PAGE)) {
+                let n = (*len - i * PAGE).min(PAGE);
+                read(offset + (i * PAGE) as u64, &mut page.0[..n]);
+            }
+        }
+        Segment::Own { buf, at, len } => {
+            let mut bytes = vec![0; *len];
+            read(offset, &mut bytes);
+            buf.write(*at, &bytes);
+        }
+    }
+}
+
+/// The bytes an operation writes.
+pub fn bytes_of(op: &HostOp<Buf>) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(op.len as usize);
+    for segment in &op.segments {
+        match segment {
+            Segment::Guest { buf, at, len } => buf.with_mut(*at, *len, |from| bytes.extend_from_slice(from)),
+            Segment::Own { buf, at, len } => buf.for_each(*at, *len, |_, piece| bytes.extend_from_slice(piece)),
+        }
+    }
+    bytes
+}
