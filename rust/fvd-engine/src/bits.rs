@@ -15,7 +15,9 @@ pub(crate) const SEGMENT_PAGES: u64 = 64;
 pub(crate) const SEGMENT_BITS: u64 = SEGMENT_PAGES * PAYLOAD_BITS;
 /// Memory of a loaded segment: bytes.
 pub(crate) const SEGMENT_MEMORY: u64 = SEGMENT_PAGES * 4096;
-const SPINE: u64 = 1024;
+/// Segments in a row of the spine: about the square root of what a page map within the default
+/// limit on metadata memory can name, so that neither rows nor their list are ever long.
+const SPINE: u64 = 8192;
 
 /// 64 pages' worth of bits.
 pub(crate) struct Segment {
@@ -91,7 +93,9 @@ impl Bits {
 
     /// Puts segment `index` in place; a second one is dropped.
     pub(crate) fn insert(&self, index: u64, segment: Segment) {
-        let row = self.spine[(index / SPINE) as usize].get_or_init(|| (0..SPINE).map(|_| OnceLock::new()).collect());
+        let row = index / SPINE;
+        let rest = self.bits.div_ceil(SEGMENT_BITS) - row * SPINE;
+        let row = self.spine[row as usize].get_or_init(|| (0..rest.min(SPINE)).map(|_| OnceLock::new()).collect());
         let _ = row[(index % SPINE) as usize].set(segment);
     }
 

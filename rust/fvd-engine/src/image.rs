@@ -60,8 +60,9 @@ pub(crate) struct Meta {
     pub(crate) stable: HashMap<u64, Box<[u64]>>,
     /// Bitmap pages whose stable image is not in place.
     pub(crate) dirty_pages: BTreeSet<u64>,
-    /// Page map: payload words of all its pages.
-    pub(crate) page_map: Vec<u64>,
+    /// Page map: payload words of each of its pages. A page comes into memory only after it was found
+    /// valid, so that a length in the header alone costs nothing.
+    pub(crate) page_map: Vec<Box<[u64]>>,
     pub(crate) page_map_counts: Vec<u32>,
     /// Page-map pages that a failed checkpoint may not have written.
     pub(crate) dirty_map_pages: BTreeSet<u64>,
