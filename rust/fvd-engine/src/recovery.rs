@@ -135,14 +135,20 @@ impl<H: Host> Queue<H> {
     async fn replay(self: &Rc<Self>, payload: &[u8]) -> Result<()> {
         let image = self.image().clone();
         let mut rest = payload;
+        // Neighbours in a journal are neighbours in the bitmap: most records name the page of the last.
+        let mut last = None;
         while !rest.is_empty() {
             match Record::decode(&mut rest)? {
                 Record::Bits { region: RegionKind::Bitmap, value, first, count } => {
                     let bits = image.map.bits.get().ok_or_else(|| Error::new(Kind::Corrupt, "journal record names a bitmap that the image lacks"))?;
                     let end = check_range(first, u64::from(count), bits.len())?;
-                    self.load_blocks(first, end).await?;
+                    let pages = (first / PAYLOAD_BITS, (end - 1) / PAYLOAD_BITS);
+                    if last != Some(pages) {
+                        self.load_blocks(first, end).await?;
+                        image.meta().dirty_pages.extend(pages.0..=pages.1);
+                        last = Some(pages);
+                    }
                     bits.write(first, end, value);
-                    image.meta().dirty_pages.extend(first / PAYLOAD_BITS..=(end - 1) / PAYLOAD_BITS);
                 }
                 record => return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}")),
             }
