@@ -10,12 +10,12 @@ use crate::brackets::{BracketToken, Brackets};
 use crate::error::{Error, Kind, Result};
 use crate::host::{FileId, Limits};
 use crate::request::{Config, Info, Stats};
-use crate::sync::{AsyncMutex, RangeLock, WaitQueue, lock};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{AsyncMutex, Mutex, MutexGuard, RangeLock, WaitQueue, lock};
 use fvd_format::page::PageHeader;
 use fvd_format::{Header, RegionKind};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 /// Life of a handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

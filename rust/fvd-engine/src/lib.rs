@@ -30,6 +30,8 @@ mod header_update;
 pub mod host;
 mod image;
 mod io;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod lookup;
 mod open;
 mod read;
