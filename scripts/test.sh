@@ -28,7 +28,8 @@ step() { # name, command...
 }
 
 step rust cargo test --workspace --exclude xtask --locked -q
-step loom env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$CARGO_TARGET_DIR/loom" cargo test -q --locked --release -p fvd-engine --test loom_brackets
+step loom env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$CARGO_TARGET_DIR/loom" cargo test -q --locked --release -p fvd-engine --lib --test loom_brackets
+step open-cost cargo test -q --locked --release -p fvd-fuzz --test open_cost
 step header cargo run -q --locked -p xtask -- header --check
 step tidy cargo run -q --locked -p xtask -- tidy
 step c-tests scripts/c-tests.sh

@@ -8,13 +8,14 @@ use crate::host::{FileId, Host, LogLevel};
 use crate::image::{Image, Meta};
 use fvd_format::RegionKind;
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page;
+use fvd_format::page::{self, PAYLOAD_BITS};
 use std::rc::Rc;
 
 impl Meta {
     /// Whether page-map bit `bit` says "stored".
     pub(crate) fn is_stored(&self, bit: u64) -> bool {
-        self.page_map[(bit / 64) as usize] >> (bit % 64) & 1 == 1
+        let within = bit % PAYLOAD_BITS;
+        self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] >> (within % 64) & 1 == 1
     }
 }
 

@@ -19,6 +19,8 @@ impl<H: Host> Queue<H> {
     pub(crate) async fn check(self: &Rc<Self>) -> Result<CheckReport> {
         let image = self.image().clone();
         let mut report = CheckReport::default();
+        // Regions do not move while they are compared with the header.
+        let _layout = image.layout_lock.lock().await;
         if !image.config.read_only {
             // What is compared with the file must be in the file.
             self.commit_metadata().await?;

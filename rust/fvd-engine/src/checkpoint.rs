@@ -8,7 +8,7 @@ use crate::host::{FileId, Host, LogLevel, OwnBuf};
 use crate::image::{Image, Meta, faulty};
 use fvd_format::double_write::{BATCH_PAGES_MAX, Batch, BatchEntry};
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
+use fvd_format::page::{self, PAYLOAD_BITS, PageHeader};
 use fvd_format::{Header, RegionKind};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -152,7 +152,8 @@ impl Meta {
             for page in &all {
                 let bit = region.map_first + page;
                 if !self.is_stored(bit) {
-                    self.page_map[(bit / 64) as usize] |= 1 << (bit % 64);
+                    let within = bit % PAYLOAD_BITS;
+                    self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] |= 1 << (within % 64);
                     self.dirty_map_pages.insert(bit / PAYLOAD_BITS);
                 }
             }
@@ -164,7 +165,7 @@ impl Meta {
         let mut sealed = Vec::new();
         let map = *header.region(RegionKind::PageMap).expect("image with a journal");
         for index in map_pages.into_iter().filter(|p| *p < map.pages()) {
-            let words = self.page_map[index as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS].to_vec();
+            let words = self.page_map[index as usize].clone();
             let before = self.page_map_counts[index as usize];
             let write_count = self.count_page(RegionKind::PageMap, index, before);
             self.page_map_counts[index as usize] = write_count;

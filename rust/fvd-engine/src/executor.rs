@@ -11,14 +11,14 @@ use crate::handle;
 use crate::host::{Host, HostOp, Token, Wake};
 use crate::image::Image;
 use crate::request::{Reply, Request};
-use crate::sync::lock;
+use crate::sync::{Mutex, lock};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 /// What a task does.

@@ -129,6 +129,19 @@ impl OwnBuf {
         }
     }
 
+    /// Calls `f` for each of `pages` pages of 4 KiB from byte `at` on, with the page's number.
+    /// Nothing is copied where `at` is at a page's start, which it is unless the file's requests have
+    /// a larger alignment.
+    pub fn for_each_page(&self, at: usize, pages: usize, mut f: impl FnMut(usize, &[u8])) {
+        for i in 0..pages {
+            let from = at + i * 4096;
+            match from % 4096 {
+                0 => f(i, &self.0[from / 4096].0),
+                _ => f(i, &self.to_vec(from, 4096)),
+            }
+        }
+    }
+
     /// `len` bytes at `at`, copied.
     pub fn to_vec(&self, at: usize, len: usize) -> Vec<u8> {
         let mut out = Vec::with_capacity(len);

@@ -10,12 +10,12 @@ use crate::brackets::{BracketToken, Brackets};
 use crate::error::{Error, Kind, Result};
 use crate::host::{FileId, Limits};
 use crate::request::{Config, Info, Stats};
-use crate::sync::{AsyncMutex, RangeLock, WaitQueue, lock};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{AsyncMutex, Mutex, MutexGuard, RangeLock, WaitQueue, lock};
 use fvd_format::page::PageHeader;
 use fvd_format::{Header, RegionKind};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 /// Life of a handle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +60,9 @@ pub(crate) struct Meta {
     pub(crate) stable: BTreeMap<u64, Box<[u64]>>,
     /// Bitmap pages whose stable image is not in place.
     pub(crate) dirty_pages: BTreeSet<u64>,
-    /// Page map: payload words of all its pages.
-    pub(crate) page_map: Vec<u64>,
+    /// Page map: payload words of each of its pages. A page comes into memory only after it was found
+    /// valid, so that a length in the header alone costs nothing.
+    pub(crate) page_map: Vec<Box<[u64]>>,
     pub(crate) page_map_counts: Vec<u32>,
     /// Page-map pages that a failed checkpoint may not have written.
     pub(crate) dirty_map_pages: BTreeSet<u64>,

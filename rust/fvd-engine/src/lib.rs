@@ -31,6 +31,8 @@ pub mod host;
 mod image;
 mod io;
 mod layout;
+#[cfg(all(test, loom))]
+mod loom_tests;
 mod lookup;
 mod open;
 mod read;

@@ -36,11 +36,13 @@ impl Image {
     /// used for FUA writes: their durability passes the engine (R10).
     #[inline]
     pub fn lookup(&self, slot: usize, offset: u64, len: u64, write: bool) -> Lookup {
-        if len == 0 || !self.is_open() {
+        if len == 0 {
             return Lookup::Ask;
         }
         let token = self.begin(slot);
-        match self.place(offset, len, write) {
+        // Within the bracket, as all that decides: a look before it could miss a close that waits for
+        // brackets, and answer after the files are closed.
+        match self.is_open().then(|| self.place(offset, len, write)).flatten() {
             Some((offset, len)) => Lookup::Data { file: FileId::Image, offset, len, token },
             None => {
                 self.end(token);

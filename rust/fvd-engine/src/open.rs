@@ -7,9 +7,10 @@ use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel};
 use crate::image::{Image, State, faulty};
 use crate::io::{ENOMEDIUM, bare};
+use crate::recovery::WINDOW;
 use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, MAGIC_V1, autoclear};
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page::{self, PAYLOAD_WORDS};
+use fvd_format::page;
 use fvd_format::{Header, PageZero, RegionKind};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -34,6 +35,7 @@ impl<H: Host> Queue<H> {
     async fn open_steps(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
         let (header, behind) = self.read_header().await?;
+        image.check_metadata_memory(&header)?;
         image.publish(&header);
         let clean = header.clean;
         if image.config.no_io {
@@ -105,23 +107,33 @@ impl<H: Host> Queue<H> {
             let header = image.header();
             (*header.region(RegionKind::PageMap).expect("image with a journal"), header.uuid)
         };
-        let memory = image.config.metadata_memory;
-        if region.length > memory {
-            return fail(Kind::NoMemory, format!("the page map needs {} bytes, metadata-memory is {memory}", region.length));
-        }
-        let (buf, at) = self.read_own(FileId::Image, region.offset, region.length).await?;
-        let mut words = Vec::with_capacity(region.pages() as usize * PAYLOAD_WORDS);
-        let mut counts = Vec::new();
-        for index in 0..region.pages() {
-            let overlay = image.meta().overlay.get(&(RegionKind::PageMap, index)).cloned();
-            let bytes = overlay.unwrap_or_else(|| buf.to_vec(at + index as usize * PAGE_SIZE, PAGE_SIZE));
-            let head = page::open(&uuid, RegionKind::PageMap, region.generation, index, &bytes)?;
-            counts.push(head.write_count);
-            image.note_loaded(&head);
-            words.extend(bytes[page::HEADER_SIZE..].chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))));
+        let (mut pages, mut counts): (Vec<Box<[u64]>>, Vec<u32>) = (Vec::new(), Vec::new());
+        let mut first = 0;
+        while first < region.pages() {
+            let n = (region.pages() - first).min((WINDOW / PAGE_SIZE) as u64);
+            let (buf, at) = self.read_own(FileId::Image, region.offset + first * PAGE_SIZE as u64, n * PAGE_SIZE as u64).await?;
+            let mut result = Ok(());
+            buf.for_each_page(at, n as usize, |i, bytes| {
+                if result.is_err() {
+                    return;
+                }
+                let index = first + i as u64;
+                let overlay = image.meta().overlay.get(&(RegionKind::PageMap, index)).cloned();
+                let bytes = overlay.as_deref().unwrap_or(bytes);
+                match page::open(&uuid, RegionKind::PageMap, region.generation, index, bytes) {
+                    Ok(head) => {
+                        counts.push(head.write_count);
+                        image.note_loaded(&head);
+                        pages.push(bytes[page::HEADER_SIZE..].chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))).collect());
+                    }
+                    Err(error) => result = Err(error),
+                }
+            });
+            result?;
+            first += n;
         }
         let mut meta = image.meta();
-        meta.page_map = words;
+        meta.page_map = pages;
         meta.page_map_counts = counts;
         Ok(())
     }
@@ -164,12 +176,25 @@ impl<H: Host> Queue<H> {
 }
 
 impl Image {
+    /// Refuses what the limit on metadata memory could never serve, before anything is allocated for
+    /// it: after this the length of the bitmap is bounded.
+    fn check_metadata_memory(&self, header: &Header) -> Result<()> {
+        let memory = self.config.metadata_memory;
+        match header.region(RegionKind::PageMap) {
+            Some(map) if map.length > memory && !self.config.no_io => {
+                fail(Kind::NoMemory, format!("the page map needs {} bytes, metadata-memory is {memory}", map.length))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes `header` the one that counts, and what readers see of it.
     pub(crate) fn publish(&self, header: &Header) {
         let map = &self.map;
         map.data_offset.store(header.data_offset, Ordering::Release);
         map.block_shift.store(if header.block_size == 0 { 0 } else { header.block_size.trailing_zeros() }, Ordering::Release);
-        if header.covered > 0 {
+        // Who only looks at the header needs no bitmap, however long.
+        if header.covered > 0 && !self.config.no_io {
             let _ = map.bits.set(Bits::new(header.blocks()));
         }
         // After the bitmap, so that who sees the length finds the bits.

@@ -9,11 +9,14 @@ use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
 use fvd_format::double_write::Batch;
-use fvd_format::journal::{self, CommitId, Record, Scan};
+use fvd_format::journal::{self, CommitId, Extent, Record, Scan, Scanner};
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::{self, PAYLOAD_BITS};
 use fvd_format::{Header, RegionKind};
 use std::rc::Rc;
+
+/// Metadata is read in windows of this many bytes where its length comes from the image.
+pub(crate) const WINDOW: usize = 256 << 10;
 
 impl<H: Host> Queue<H> {
     /// Recovers.
@@ -30,8 +33,9 @@ impl<H: Host> Queue<H> {
             }
             self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
         }
-        for payload in &scan.commits {
-            self.replay(payload).await?;
+        for extent in &scan.commits {
+            let payload = self.read_commit(&header, extent).await?;
+            self.replay(&payload).await?;
         }
         {
             let mut meta = image.meta();
@@ -90,26 +94,61 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Reads the journal and collects its whole commits.
-    pub(crate) async fn scan_journal(self: &Rc<Self>, header: &Header) -> Result<Scan> {
+    /// Reads the whole journal, a window at a time, and finds its whole commits: an image must not
+    /// make its reader hold 256 MiB.
+    async fn scan_journal(self: &Rc<Self>, header: &Header) -> Result<Scan<Extent>> {
         let region = *header.region(RegionKind::Journal).expect("image with a journal");
-        let (buf, at) = self.read_own(FileId::Image, region.offset, region.length).await?;
         let from = CommitId { epoch: header.epoch, seq: header.first_seq, commit: header.first_commit };
-        Ok(journal::scan(&header.uuid, &buf.to_vec(at, region.length as usize), from))
+        let mut scanner = Scanner::new(&header.uuid, region.pages(), from);
+        while scanner.units_left() > 0 {
+            let place = scanner.place(region.pages());
+            let units = scanner.units_left().min(region.pages() - place).min((WINDOW / PAGE_SIZE) as u64);
+            let (buf, at) = self.read_own(FileId::Image, region.offset + place * PAGE_SIZE as u64, units * PAGE_SIZE as u64).await?;
+            buf.for_each_page(at, units as usize, |_, unit| scanner.feed(unit));
+        }
+        Ok(scanner.finish())
+    }
+
+    /// Reads the payload of a whole commit, a window at a time. It was whole when the journal was
+    /// scanned; storage that now says otherwise cannot be trusted.
+    async fn read_commit(self: &Rc<Self>, header: &Header, extent: &Extent) -> Result<Vec<u8>> {
+        let region = *header.region(RegionKind::Journal).expect("image with a journal");
+        let mut payload = Vec::with_capacity(extent.len);
+        let (mut seq, end) = (extent.id.seq, extent.id.seq + extent.units);
+        while seq < end {
+            let place = seq % region.pages();
+            let units = (end - seq).min(region.pages() - place).min((WINDOW / PAGE_SIZE) as u64);
+            let (buf, at) = self.read_own(FileId::Image, region.offset + place * PAGE_SIZE as u64, units * PAGE_SIZE as u64).await?;
+            buf.for_each_page(at, units as usize, |i, unit| {
+                let unit = journal::decode_unit(&header.uuid, unit).filter(|u| u.seq == seq + i as u64 && u.commit == extent.id.commit);
+                payload.extend_from_slice(unit.map_or(&[], |u| u.payload));
+            });
+            seq += units;
+        }
+        if payload.len() != extent.len {
+            return fail(Kind::Corrupt, "the journal changed while it was read");
+        }
+        Ok(payload)
     }
 
     /// Applies a commit's records to memory and marks the pages for the checkpoint.
     async fn replay(self: &Rc<Self>, payload: &[u8]) -> Result<()> {
         let image = self.image().clone();
         let mut rest = payload;
+        // Neighbours in a journal are neighbours in the bitmap: most records name the page of the last.
+        let mut last = None;
         while !rest.is_empty() {
             match Record::decode(&mut rest)? {
                 Record::Bits { region: RegionKind::Bitmap, value, first, count } => {
                     let bits = image.map.bits.get().ok_or_else(|| Error::new(Kind::Corrupt, "journal record names a bitmap that the image lacks"))?;
                     let end = check_range(first, u64::from(count), bits.len())?;
-                    self.load_blocks(first, end).await?;
+                    let pages = (first / PAYLOAD_BITS, (end - 1) / PAYLOAD_BITS);
+                    if last != Some(pages) {
+                        self.load_blocks(first, end).await?;
+                        image.meta().dirty_pages.extend(pages.0..=pages.1);
+                        last = Some(pages);
+                    }
                     bits.write(first, end, value);
-                    image.meta().dirty_pages.extend(first / PAYLOAD_BITS..=(end - 1) / PAYLOAD_BITS);
                 }
                 record => return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}")),
             }

@@ -354,7 +354,7 @@ impl Image {
                 meta.count_sums.insert(kind, header.region(kind).map_or(0, |r| r.count_sum));
             }
             meta.page_map_counts = vec![1; map_words.len() / PAYLOAD_WORDS];
-            meta.page_map = map_words;
+            meta.page_map = map_words.chunks(PAYLOAD_WORDS).map(Box::from).collect();
             meta.dirty_map_pages.clear();
             meta.dirty_pages.clear();
             meta.written.clear();

@@ -3,7 +3,7 @@
 
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
-use crate::host::{FileId, Host, OpKind};
+use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::faulty;
 use crate::io::{ENOMEDIUM, bare, ceil, result_of};
 use crate::write::Payload;
@@ -88,7 +88,14 @@ impl<H: Host> Queue<H> {
         let _one_at_a_time = image.layout_lock.lock().await;
         if !name.is_empty() {
             let (length, _) = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await;
-            self.cover_base(if length >= 0 { ceil(length as u64, SECTOR) } else { BASE_LENGTH_UNKNOWN }).await?;
+            let enlarged = self.cover_base(if length >= 0 { ceil(length as u64, SECTOR) } else { BASE_LENGTH_UNKNOWN }).await;
+            match enlarged {
+                // Nothing depends on it: what has no bit is in the image, as before.
+                Err(error) if matches!(error.kind, Kind::NoSpace | Kind::NoMemory) => {
+                    self.host().log(LogLevel::Warning, &format!("the bitmap does not reach as far as the new base: {}", error.text));
+                }
+                other => other?,
+            }
         }
         self.update_header(|header| {
             header.base_name = name;

@@ -5,8 +5,14 @@
 //! No `std` mutex here is held across a wake-up.
 
 use std::future::poll_fn;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 use std::task::{Poll, Waker};
+
+/// What threads share is made of these, so that `loom_tests.rs` explores the engine's own types.
+#[cfg(loom)]
+pub(crate) use loom::sync::{Mutex, MutexGuard, atomic};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{Mutex, MutexGuard, atomic};
 
 /// Locks `mutex`; a panic elsewhere poisons the image, not its mutexes.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -276,8 +276,12 @@ fn without_space_nothing_changes() {
     full.resize(file_end);
     let sim = Sim::try_open(&full, Some(base.clone()), fixed, Config::default()).unwrap();
     sim.write(100, vec![3; 10]);
-    let error = sim.ask(Request::ChangeBase { name: "longer".into(), format: "raw".into() }).unwrap_err();
+    let error = sim.ask(Request::MakeEmpty).unwrap_err();
     assert_eq!(error.kind, Kind::NoSpace, "{error}");
+    // A new base needs no larger bitmap; it is only told.
+    sim.ask(Request::ChangeBase { name: "longer".into(), format: "raw".into() }).unwrap();
+    assert!(sim.world.log.borrow().iter().any(|text| text.contains("does not reach as far")), "{:?}", sim.world.log.borrow());
+    assert!(sim.info().header.covered < 4 << 20);
     let expect: Vec<u8> = base[..100].iter().copied().chain([3; 10]).chain(base[110..1024].iter().copied()).collect();
     let sim = Sim::try_open(&sim.close(), Some(base.clone()), fixed, Config::default()).unwrap();
     same(&sim.read(0, 1024), &expect, "as before");

@@ -6,16 +6,37 @@
 
 use crate::Uuid;
 
+/// A checksum of something that arrives in pieces.
+pub struct Seeded(crc32fast::Hasher);
+
+impl Seeded {
+    /// Starts with `uuid`, `kind` (LE), `index` (LE).
+    pub fn new(uuid: &Uuid, kind: u32, index: u64) -> Self {
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(uuid);
+        hasher.update(&kind.to_le_bytes());
+        hasher.update(&index.to_le_bytes());
+        Self(hasher)
+    }
+
+    /// Adds the next piece.
+    pub fn update(&mut self, piece: &[u8]) {
+        self.0.update(piece);
+    }
+
+    /// The checksum.
+    pub fn finish(self) -> u32 {
+        self.0.finalize()
+    }
+}
+
 /// CRC-32 over `uuid`, `kind` (LE), `index` (LE), then `parts` in order.
 pub fn seeded(uuid: &Uuid, kind: u32, index: u64, parts: &[&[u8]]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(uuid);
-    hasher.update(&kind.to_le_bytes());
-    hasher.update(&index.to_le_bytes());
+    let mut crc = Seeded::new(uuid, kind, index);
     for part in parts {
-        hasher.update(part);
+        crc.update(part);
     }
-    hasher.finalize()
+    crc.finish()
 }
 
 /// Seed kinds of structures that are not region pages (regions use their own number, 1–16).

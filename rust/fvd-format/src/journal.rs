@@ -33,6 +33,9 @@ const FIRST: u32 = 1;
 const LAST: u32 = 2;
 const FILLER: u32 = 4;
 
+mod scan;
+pub use scan::{Extent, Scan, Scanner, scan};
+
 /// Number of units that a payload of `len` bytes needs; a commit without records has one.
 pub fn units_for(len: usize) -> u64 {
     (len.div_ceil(UNIT_PAYLOAD).max(1)) as u64
@@ -105,6 +108,12 @@ pub struct Unit<'a> {
     pub commit_crc: u32,
 }
 
+/// The unit at some place if it is valid and of `epoch`. What the last session left behind, or zeroes,
+/// costs no checksum.
+fn decode_unit_of<'a>(uuid: &Uuid, epoch: u64, unit: &'a [u8]) -> Option<Unit<'a>> {
+    if get_u64(unit, 8) != epoch { None } else { decode_unit(uuid, unit) }
+}
+
 /// Parses the unit at some place; `None` if it is no valid unit of this image.
 pub fn decode_unit<'a>(uuid: &Uuid, unit: &'a [u8]) -> Option<Unit<'a>> {
     assert_eq!(unit.len(), PAGE_SIZE);
@@ -128,63 +137,6 @@ pub fn decode_unit<'a>(uuid: &Uuid, unit: &'a [u8]) -> Option<Unit<'a>> {
         payload: &unit[UNIT_HEADER..UNIT_HEADER + len],
         commit_crc: get_u32(unit, 36),
     })
-}
-
-/// What a journal scan found.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scan {
-    /// Payloads of the whole commits, in order.
-    pub commits: Vec<Vec<u8>>,
-    /// Sequence number after the last whole commit (fillers included).
-    pub next_seq: u64,
-    /// Number of the next commit.
-    pub next_commit: u64,
-    /// A valid unit of this epoch and of a later commit stands past the end: damage, not a cut.
-    pub damaged: bool,
-}
-
-/// Collects the whole commits in `bytes` (the whole journal region) from `from` on: in sequence,
-/// of this epoch, ending at the first unit missing, bad or older (R2).
-pub fn scan(uuid: &Uuid, bytes: &[u8], from: CommitId) -> Scan {
-    assert!(!bytes.is_empty() && bytes.len() % PAGE_SIZE == 0);
-    let total = (bytes.len() / PAGE_SIZE) as u64;
-    let at = |seq: u64| {
-        let place = (seq % total) as usize * PAGE_SIZE;
-        decode_unit(uuid, &bytes[place..place + PAGE_SIZE]).filter(|u| u.epoch == from.epoch)
-    };
-    let mut out = Scan { commits: Vec::new(), next_seq: from.seq, next_commit: from.commit, damaged: false };
-    'commits: while out.next_seq - from.seq < total {
-        let mut payload = Vec::new();
-        let mut seq = out.next_seq;
-        loop {
-            let first = seq == out.next_seq;
-            let unit = match at(seq) {
-                Some(unit) if unit.seq == seq && unit.commit == out.next_commit && !unit.filler && unit.first == first => unit,
-                _ => break 'commits,
-            };
-            payload.extend_from_slice(unit.payload);
-            seq += 1;
-            if unit.last {
-                if unit.commit_crc != checksum::seeded(uuid, checksum::kind::COMMIT, unit.commit, &[&payload]) {
-                    break 'commits;
-                }
-                break;
-            }
-            if seq - from.seq >= total {
-                break 'commits;
-            }
-        }
-        // Fillers belong to the commit; one that is lost ends nothing, the next append starts there
-        // only if no whole commit follows.
-        while at(seq).is_some_and(|u| u.seq == seq && u.filler && u.commit == out.next_commit) && seq - from.seq < total {
-            seq += 1;
-        }
-        out.commits.push(payload);
-        out.next_seq = seq;
-        out.next_commit += 1;
-    }
-    out.damaged = (0..total).any(|place| at(place).is_some_and(|u| u.commit > out.next_commit));
-    out
 }
 
 /// A journal record. Values are absolute: applying one twice, or over a newer page, is harmless.

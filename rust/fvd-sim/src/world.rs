@@ -210,6 +210,11 @@ pub fn is_change(kind: OpKind) -> bool {
 }
 
 impl World {
+    /// Whether the image is opened only to be read.
+    pub fn read_only(&self) -> bool {
+        self.inner.borrow().setup.config.read_only
+    }
+
     /// Makes a world. The image is not open yet.
     pub fn new(setup: Setup, checker: Checker) -> Rc<Self> {
         let image = Image::new(setup.config.clone());

@@ -87,3 +87,92 @@ fn any_flipped_bit_of_a_unit_is_found() {
         assert!(decode_unit(&UUID, &rotten).is_none(), "bit {bit}");
     }
 }
+
+/// FMT-54 and FMT-55 as they read, with the whole journal at hand: the oracle of [`Scanner`].
+fn scan_slowly(uuid: &Uuid, bytes: &[u8], from: CommitId) -> Scan<Vec<u8>> {
+    assert!(!bytes.is_empty() && bytes.len() % PAGE_SIZE == 0);
+    let total = (bytes.len() / PAGE_SIZE) as u64;
+    let at = |seq: u64| {
+        let place = (seq % total) as usize * PAGE_SIZE;
+        decode_unit(uuid, &bytes[place..place + PAGE_SIZE]).filter(|u| u.epoch == from.epoch)
+    };
+    let mut out = Scan { commits: Vec::new(), next_seq: from.seq, next_commit: from.commit, damaged: false };
+    'commits: while out.next_seq - from.seq < total {
+        let mut payload = Vec::new();
+        let mut seq = out.next_seq;
+        loop {
+            let first = seq == out.next_seq;
+            let unit = match at(seq) {
+                Some(unit) if unit.seq == seq && unit.commit == out.next_commit && !unit.filler && unit.first == first => unit,
+                _ => break 'commits,
+            };
+            payload.extend_from_slice(unit.payload);
+            seq += 1;
+            if unit.last {
+                if unit.commit_crc != checksum::seeded(uuid, checksum::kind::COMMIT, unit.commit, &[&payload]) {
+                    break 'commits;
+                }
+                break;
+            }
+            if seq - from.seq >= total {
+                break 'commits;
+            }
+        }
+        // Fillers belong to the commit; one that is lost ends nothing, the next append starts there
+        // only if no whole commit follows.
+        while at(seq).is_some_and(|u| u.seq == seq && u.filler && u.commit == out.next_commit) && seq - from.seq < total {
+            seq += 1;
+        }
+        out.commits.push(payload);
+        out.next_seq = seq;
+        out.next_commit += 1;
+    }
+    out.damaged = (0..total).any(|place| at(place).is_some_and(|u| u.commit > out.next_commit));
+    out
+}
+
+
+/// Journals of commits that are whole, cut, repeated, of wrong epochs, numbers, flags and checksums.
+#[test]
+fn a_scan_unit_by_unit_finds_what_the_rules_say() {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut below = |n: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 11) % n
+    };
+    let mut seen = [0; 4];
+    for _ in 0..3000 {
+        let total = 2 + below(14);
+        let from = CommitId { epoch: 7, seq: below(40), commit: below(3) };
+        let mut journal = vec![0; total as usize * PAGE_SIZE];
+        let mut id = from;
+        let end = from.seq + below(total + 4);
+        while id.seq < end {
+            let payload = vec![id.commit as u8; below(2 * UNIT_PAYLOAD as u64) as usize];
+            let written = CommitId { epoch: 7 - u64::from(below(20) == 0), commit: id.commit + u64::from(below(20) == 0), ..id };
+            let units = encode_commit(&UUID, written, &payload, PAGE_SIZE << below(2));
+            put(&mut journal, &units, id.seq);
+            id.seq += (units.len() / PAGE_SIZE) as u64;
+            id.commit += 1;
+        }
+        for _ in 0..below(3) {
+            let unit = &mut journal[below(total) as usize * PAGE_SIZE..][..PAGE_SIZE];
+            match below(4) {
+                0 => unit.fill(0),
+                1 => unit[4] ^= 1 << below(3),
+                2 => unit[36] ^= 1,
+                _ => unit[24] = below(12) as u8,
+            }
+            // A unit with a wrong field and a right checksum, so that the field is what is judged.
+            let crc = checksum::seeded(&UUID, checksum::kind::JOURNAL_UNIT, get_u64(unit, 16), &[&unit[4..]]);
+            put_u32(unit, 0, crc);
+        }
+        let found = scan(&UUID, &journal, from);
+        assert_eq!(found, scan_slowly(&UUID, &journal, from), "from {from:?} of {total}");
+        seen[found.commits.len().min(3)] += 1;
+        seen[3] += u32::from(found.damaged);
+    }
+    assert!(seen.iter().all(|&n| n > 100), "{seen:?}");
+}
