@@ -93,9 +93,10 @@ impl<H: Host> Queue<H> {
     /// Reads the journal and collects its whole commits.
     pub(crate) async fn scan_journal(self: &Rc<Self>, header: &Header) -> Result<Scan> {
         let region = *header.region(RegionKind::Journal).expect("image with a journal");
-        let (buf, at) = self.read_own(FileId::Image, region.offset, region.length).await?;
+        let (buf, _) = self.read_own(FileId::Image, region.offset, region.length).await?;
         let from = CommitId { epoch: header.epoch, seq: header.first_seq, commit: header.first_commit };
-        Ok(journal::scan(&header.uuid, &buf.to_vec(at, region.length as usize), from))
+        // Regions lie at multiples of the page size, and so of every alignment.
+        Ok(journal::scan_units(&header.uuid, region.pages(), |place| &buf.pages()[place as usize].0, from))
     }
 
     /// Applies a commit's records to memory and marks the pages for the checkpoint.

@@ -147,10 +147,18 @@ pub struct Scan {
 /// of this epoch, ending at the first unit missing, bad or older (R2).
 pub fn scan(uuid: &Uuid, bytes: &[u8], from: CommitId) -> Scan {
     assert!(!bytes.is_empty() && bytes.len() % PAGE_SIZE == 0);
-    let total = (bytes.len() / PAGE_SIZE) as u64;
+    scan_units(uuid, (bytes.len() / PAGE_SIZE) as u64, |place| &bytes[place as usize * PAGE_SIZE..][..PAGE_SIZE], from)
+}
+
+/// The same for a journal of `total` units that need not lie in one slice: `unit` gives one by place.
+pub fn scan_units<'a>(uuid: &Uuid, total: u64, unit: impl Fn(u64) -> &'a [u8], from: CommitId) -> Scan {
     let at = |seq: u64| {
-        let place = (seq % total) as usize * PAGE_SIZE;
-        decode_unit(uuid, &bytes[place..place + PAGE_SIZE]).filter(|u| u.epoch == from.epoch)
+        let bytes = unit(seq % total);
+        // Most units are of other epochs, or were never written: no checksum is needed to tell.
+        if get_u64(bytes, 8) != from.epoch {
+            return None;
+        }
+        decode_unit(uuid, bytes)
     };
     let mut out = Scan { commits: Vec::new(), next_seq: from.seq, next_commit: from.commit, damaged: false };
     'commits: while out.next_seq - from.seq < total {
