@@ -183,7 +183,7 @@ impl<H: Host> Queue<H> {
         if !limits.grows_zeroed && length < total {
             return fail(Kind::NoSpace, format!("the storage has {length} bytes, the image needs {total}"));
         }
-        if length >= PAGE_SIZE as u64 {
+        if length >= PAGE_SIZE as u64 && !faulty!(self.image(), CreateKeepsPageZero) {
             self.write_own(FileId::Image, 0, OwnBuf::zeroed(PAGE_SIZE), PAGE_SIZE as u64).await?;
             self.sync().await?;
         }
@@ -200,7 +200,9 @@ impl<H: Host> Queue<H> {
         for copy in [2, 1] {
             self.write_own(FileId::Image, HEADER_OFFSETS[copy - 1], OwnBuf::from_slice(&header.encode(copy)), PAGE_SIZE as u64).await?;
         }
-        self.sync().await?;
+        if !faulty!(self.image(), CreateNotSynced) {
+            self.sync().await?;
+        }
         let zero = PageZero { uuid: header.uuid };
         self.write_own(FileId::Image, 0, OwnBuf::from_slice(&zero.encode()), PAGE_SIZE as u64).await?;
         self.sync().await

@@ -118,6 +118,7 @@ impl<H: Host> Queue<H> {
     pub(crate) async fn sync(self: &Rc<Self>) -> Result<()> {
         match self.op(bare(OpKind::Flush, FileId::Image, 0, 0)).await {
             // Another sync failed meanwhile, and may have dropped what this one was to cover.
+            Ok(_) if faulty!(self.image(), SyncBesideFailed) => Ok(()),
             Ok(_) => self.image().check_poison(),
             Err(error) => {
                 if faulty!(self.image(), FailedSyncForgotten) {

@@ -297,7 +297,7 @@ impl Guest {
         }
         match flight.what {
             What::Beyond if error.kind == Kind::OutOfRange => return,
-            What::Grow { .. } if error.kind == Kind::NoSpace && self.fixed => {
+            What::Grow { .. } if error.kind == Kind::NoSpace && self.fixed && self.world.counters().injected == 0 => {
                 self.maybe_cells = None;
                 return;
             }
