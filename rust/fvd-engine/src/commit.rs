@@ -205,7 +205,7 @@ impl<H: Host> Queue<H> {
             let start = {
                 let mut meta = image.meta();
                 let header = meta.header.as_ref().expect("open");
-                if faulty!(image, JournalOverrun) || meta.next_seq + units <= header.first_seq + header.journal_units() {
+                if meta.next_seq + units <= header.first_seq + header.journal_units() {
                     return Ok(());
                 }
                 if waited && let Some(error) = meta.checkpoint_error.take() {

@@ -312,20 +312,9 @@ fn fit_places(header: &mut Header) -> bool {
 }
 
 impl<H: Host> Queue<H> {
-    /// Ends the pristine state before the first write. If the image has a base by now, in the
-    /// header or attached by the host, it gets a bitmap, in which every block is still in the base.
-    ///
-    /// Order (CC-34): the new regions, synced, in space that nothing names; then the header names
-    /// them; then readers and writers see the bitmap.
-    pub(crate) async fn leave_pristine(self: &Rc<Self>) -> Result<()> {
+    /// Gives a pristine image with a base its regions, and a header that is not pristine.
+    async fn build_bitmap(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        if !image.map.pristine.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let _one_at_a_time = image.layout_lock.lock().await;
-        if !image.map.pristine.load(Ordering::Acquire) {
-            return Ok(());
-        }
         let mut header = image.header();
         header.pristine = false;
         if header.virtual_size > 0 && self.has_base().await? {
@@ -348,7 +337,27 @@ impl<H: Host> Queue<H> {
             header.generation = old.generation;
             *old = header;
         })
-        .await?;
+        .await
+    }
+
+    /// Ends the pristine state before the first write. If the image has a base by now, in the
+    /// header or attached by the host, it gets a bitmap, in which every block is still in the base.
+    ///
+    /// Order (CC-34): the new regions, synced, in space that nothing names; then the header names
+    /// them; then readers and writers see the bitmap.
+    pub(crate) async fn leave_pristine(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        if !image.map.pristine.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _one_at_a_time = image.layout_lock.lock().await;
+        if !image.map.pristine.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if image.header().pristine {
+            self.build_bitmap().await?;
+        }
+        // Where only this fails, the next write comes here again, and the regions are in use by then.
         let header = image.header();
         if header.covered > 0 {
             self.load_page_map().await?;

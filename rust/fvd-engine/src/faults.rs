@@ -72,8 +72,6 @@ pub enum Fault {
     PaddingForgotten,
     /// Two commits have one number.
     CommitNumberKept,
-    /// An append does not wait until the units it overwrites are let go of (R2).
-    JournalOverrun,
     /// A FUA write returns without a commit (R10).
     FuaNotCommitted,
     /// Write-zeroes sets the bits before it zeroes.
@@ -106,7 +104,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 47] = [
+    pub const ALL: [Fault; 46] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -139,7 +137,6 @@ impl Fault {
         Self::RecoveryDropsPages,
         Self::PaddingForgotten,
         Self::CommitNumberKept,
-        Self::JournalOverrun,
         Self::FuaNotCommitted,
         Self::BitBeforeZeroing,
         Self::ZeroWithoutHull,
