@@ -26,6 +26,10 @@ impl<H: Host> Queue<H> {
             self.commit_metadata().await?;
         }
         let _steady = image.header_lock.lock().await;
+        if !image.config.read_only {
+            // An update that failed may have reached the file.
+            image.check_poison()?;
+        }
         let header = image.header();
         for copy in [1, 2] {
             let bytes = self.read_own(FileId::Image, HEADER_OFFSETS[copy - 1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);

@@ -66,7 +66,11 @@ impl<H: Host> Queue<H> {
             }
             pages = rest;
         }
-        let sums = image.meta().count_sums.clone();
+        let (sums, now) = {
+            let meta = image.meta();
+            (meta.count_sums.clone(), (meta.next_seq, meta.next_commit))
+        };
+        let (seq, commit) = if faulty!(image, FirstSequenceTooFar) { now } else { (seq, commit) };
         self.update_header(|header| {
             header.first_seq = seq;
             header.first_commit = commit;
@@ -126,7 +130,9 @@ impl<H: Host> Queue<H> {
             self.write_surely(offset, &bytes).await?;
             at += run;
         }
-        self.sync().await?;
+        if !faulty!(image, AreaReusedEarly) {
+            self.sync().await?;
+        }
         let mut meta = image.meta();
         meta.last_batch = number;
         meta.written.extend(sealed.iter().map(|p| (p.kind, p.index)));
@@ -167,7 +173,7 @@ impl Meta {
         for index in map_pages.into_iter().filter(|p| *p < map.pages()) {
             let words = self.page_map[index as usize].clone();
             let before = self.page_map_counts[index as usize];
-            let write_count = self.count_page(RegionKind::PageMap, index, before);
+            let write_count = self.count_page(image, RegionKind::PageMap, index, before);
             self.page_map_counts[index as usize] = write_count;
             let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
@@ -178,7 +184,7 @@ impl Meta {
                 _ => image.bits().page_words(index),
             };
             let before = image.bits().count(index);
-            let write_count = self.count_page(RegionKind::Bitmap, index, before);
+            let write_count = self.count_page(image, RegionKind::Bitmap, index, before);
             image.bits().set_count(index, write_count);
             let place = PageHeader { kind: RegionKind::Bitmap, generation: region.generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
@@ -205,8 +211,8 @@ impl Meta {
 
     /// The write count of a page that had `before`: one more, but once a checkpoint only, however
     /// often an unfinished one is repeated. Sums are kept modulo 2⁶⁴ (FMT-17).
-    fn count_page(&mut self, kind: RegionKind, index: u64, before: u32) -> u32 {
-        if self.written.contains(&(kind, index)) {
+    fn count_page(&mut self, image: &Image, kind: RegionKind, index: u64, before: u32) -> u32 {
+        if self.written.contains(&(kind, index)) && !faulty!(image, PageCountedTwice) {
             return before;
         }
         let count = before.checked_add(1).unwrap_or(1);

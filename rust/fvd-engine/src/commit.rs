@@ -55,6 +55,9 @@ impl<H: Host> Queue<H> {
     /// Runs, or shares, a commit that freezes after this call.
     pub(crate) async fn commit_metadata(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
+        if faulty!(image, FlushFindsNothing) && image.meta().pending.is_empty() && image.meta().committing {
+            return Ok(());
+        }
         let need = {
             let meta = image.meta();
             meta.commits_begun + u64::from(!(meta.committing && faulty!(image, FlushSharesRunningCommit)))
@@ -120,6 +123,12 @@ impl<H: Host> Queue<H> {
                 // Memory keeps what was set; the next commit retries at the same place.
                 let mut meta = image.meta();
                 let failed = std::mem::take(&mut meta.frozen);
+                if faulty!(image, RetryBehind) {
+                    meta.next_seq += 1;
+                }
+                if faulty!(image, FailedCommitForgotten) {
+                    return Err(error);
+                }
                 for (start, end) in failed.into_iter().chain(rest) {
                     add_run(&mut meta.pending, start, end);
                 }
@@ -169,8 +178,8 @@ impl<H: Host> Queue<H> {
         }
         let start_checkpoint = {
             let mut meta = image.meta();
-            meta.next_seq += units;
-            meta.next_commit += 1;
+            meta.next_seq += if faulty!(image, PaddingForgotten) { journal::units_for(payload.len()) } else { units };
+            meta.next_commit += u64::from(!faulty!(image, CommitNumberKept));
             meta.stats.commits += 1;
             meta.stats.journal_bytes += bytes.len() as u64;
             meta.make_frozen_stable(&image);
@@ -228,8 +237,8 @@ impl<H: Host> Queue<H> {
             (meta.next_seq, meta.next_commit)
         };
         self.update_header(|header| {
-            header.clean = false;
-            header.epoch += 1;
+            header.clean &= faulty!(image, CleanMarkKept);
+            header.epoch += u64::from(!faulty!(image, EpochNotRaised));
             header.first_seq = seq;
             header.first_commit = commit;
         })

@@ -5,7 +5,7 @@
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf, STATUS_DATA};
-use crate::image::State;
+use crate::image::{State, faulty};
 use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil};
 use crate::layout::{REGION_ALIGNMENT, place_regions};
 use crate::request::{CreateParams, Preallocation};
@@ -179,7 +179,7 @@ impl<H: Host> Queue<H> {
         if !limits.grows_zeroed && length < total {
             return fail(Kind::NoSpace, format!("the storage has {length} bytes, the image needs {total}"));
         }
-        if length >= PAGE_SIZE as u64 {
+        if length >= PAGE_SIZE as u64 && !faulty!(self.image(), CreateKeepsPageZero) {
             self.write_own(FileId::Image, 0, OwnBuf::zeroed(PAGE_SIZE), PAGE_SIZE as u64).await?;
             self.sync().await?;
         }
@@ -200,7 +200,9 @@ impl<H: Host> Queue<H> {
         for copy in [2, 1] {
             self.write_own(FileId::Image, HEADER_OFFSETS[copy - 1], OwnBuf::from_slice(&header.encode(copy)), PAGE_SIZE as u64).await?;
         }
-        self.sync().await?;
+        if !faulty!(self.image(), CreateNotSynced) {
+            self.sync().await?;
+        }
         let zero = PageZero { uuid: header.uuid };
         self.write_own(FileId::Image, 0, OwnBuf::from_slice(&zero.encode()), PAGE_SIZE as u64).await?;
         self.sync().await

@@ -44,11 +44,75 @@ pub enum Fault {
     EmptyWithoutNarrowing,
     /// A disk that grows does not zero what lay behind it.
     GrowthShowsOldBytes,
+    /// Recovery and the first append of a session keep the epoch (R2).
+    EpochNotRaised,
+    /// The clean mark is not cleared at the start of a session.
+    CleanMarkKept,
+    /// A header copy that a cut tore is left until the next update, which begins with the other one.
+    HeaderNotRepaired,
+    /// The first valid header copy counts, not the newer one.
+    HeaderFirstValid,
+    /// A commit that failed is appended behind its first place instead of there (R2).
+    RetryBehind,
+    /// The changes of a commit that failed are not pending any more.
+    FailedCommitForgotten,
+    /// A flush with nothing left to freeze returns though a commit is on its way.
+    FlushFindsNothing,
+    /// A read-modify-write of host sectors does not wait for pass-through writes (R5).
+    NoNarrowing,
+    /// A checkpoint lets go of commits that came while it was on its way.
+    FirstSequenceTooFar,
+    /// The double-write area is written again before the pages in place are synced.
+    AreaReusedEarly,
+    /// A page is counted again by each attempt at one checkpoint.
+    PageCountedTwice,
+    /// Recovery writes back a batch that finished long ago.
+    BatchNumberIgnored,
+    /// Recovery does not write back a batch that was cut short.
+    BatchNotRestored,
+    /// A read-only open reads pages in place though the double-write area has them.
+    OverlayForgotten,
+    /// Recovery goes on before the pages it wrote back are stable.
+    RestoreNotSynced,
+    /// Recovery flips the header without writing the pages that it replayed.
+    RecoveryDropsPages,
+    /// The next commit starts in the granule of the last one.
+    PaddingForgotten,
+    /// Two commits have one number.
+    CommitNumberKept,
+    /// A FUA write returns without a commit (R10).
+    FuaNotCommitted,
+    /// Write-zeroes sets the bits before it zeroes.
+    BitBeforeZeroing,
+    /// Write-zeroes of part of a block that is in the base zeroes the rest of it.
+    ZeroWithoutHull,
+    /// A discard of part of a host sector takes the whole sector.
+    DiscardRoundsOut,
+    /// Copy-on-write of the last block fills it with base data beyond the covered length.
+    TailBeyondCovered,
+    /// The range lock of a write is released before the data is written (R12).
+    LockReleasedEarly,
+    /// The header promises a new size before the file has it (CC-40).
+    GrowthNotSynced,
+    /// Growth leaves what lies behind the old end as it is.
+    GrowthKeepsRest,
+    /// Creation writes page 0 before the rest is stable (FMT-9).
+    CreateNotSynced,
+    /// Creation over an older image does not wipe page 0 first.
+    CreateKeepsPageZero,
+    /// A lookup looks at the first block only.
+    LookupBeyondRun,
+    /// Copy-on-write takes a base that fails for zeroes.
+    BaseErrorIsZero,
+    /// A base that fails to answer is taken for none when an image gets its bitmap.
+    BaseErrorIsNone,
+    /// A sync that passed is believed though another failed meanwhile (R11).
+    SyncBesideFailed,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 18] = [
+    pub const ALL: [Fault; 50] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -67,5 +131,37 @@ impl Fault {
         Self::LastBlockLeftHalf,
         Self::EmptyWithoutNarrowing,
         Self::GrowthShowsOldBytes,
+        Self::EpochNotRaised,
+        Self::CleanMarkKept,
+        Self::HeaderNotRepaired,
+        Self::HeaderFirstValid,
+        Self::RetryBehind,
+        Self::FailedCommitForgotten,
+        Self::FlushFindsNothing,
+        Self::NoNarrowing,
+        Self::FirstSequenceTooFar,
+        Self::AreaReusedEarly,
+        Self::PageCountedTwice,
+        Self::BatchNumberIgnored,
+        Self::BatchNotRestored,
+        Self::OverlayForgotten,
+        Self::RestoreNotSynced,
+        Self::RecoveryDropsPages,
+        Self::PaddingForgotten,
+        Self::CommitNumberKept,
+        Self::FuaNotCommitted,
+        Self::BitBeforeZeroing,
+        Self::ZeroWithoutHull,
+        Self::DiscardRoundsOut,
+        Self::TailBeyondCovered,
+        Self::LockReleasedEarly,
+        Self::GrowthNotSynced,
+        Self::GrowthKeepsRest,
+        Self::CreateNotSynced,
+        Self::CreateKeepsPageZero,
+        Self::LookupBeyondRun,
+        Self::BaseErrorIsZero,
+        Self::BaseErrorIsNone,
+        Self::SyncBesideFailed,
     ];
 }

@@ -117,7 +117,9 @@ impl<H: Host> Queue<H> {
     /// Makes completed writes to the image's files durable; a failure poisons (R11).
     pub(crate) async fn sync(self: &Rc<Self>) -> Result<()> {
         match self.op(bare(OpKind::Flush, FileId::Image, 0, 0)).await {
-            Ok(_) => Ok(()),
+            // Another sync failed meanwhile, and may have dropped what this one was to cover.
+            Ok(_) if faulty!(self.image(), SyncBesideFailed) => Ok(()),
+            Ok(_) => self.image().check_poison(),
             Err(error) => {
                 if faulty!(self.image(), FailedSyncForgotten) {
                     return Err(error);

@@ -8,7 +8,7 @@ use crate::bits::Run;
 use crate::brackets::BracketToken;
 use crate::executor::Queue;
 use crate::host::{FileId, GuestBuf, Host, HostOp, OpKind, Segment};
-use crate::image::Image;
+use crate::image::{Image, faulty};
 use std::sync::atomic::Ordering;
 
 /// Answer to a lookup.
@@ -71,7 +71,7 @@ impl Image {
         let end = (offset + len).min(covered);
         let (first, last) = (offset >> shift, (end - 1) >> shift);
         match map.bits.get()?.run(first, last + 1) {
-            Run::Bits { value: true, len: run } if first + run > last => Some((at, len)),
+            Run::Bits { value: true, len: run } if first + run > last || faulty!(self, LookupBeyondRun) => Some((at, len)),
             Run::Bits { value: true, len: run } => Some((at, ((first + run) << shift) - offset)),
             _ => None,
         }

@@ -46,7 +46,7 @@ impl<H: Host> Queue<H> {
         if length < need {
             return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the header needs {need}"));
         }
-        if let Some(copy) = behind.filter(|_| !image.config.read_only) {
+        if let Some(copy) = behind.filter(|_| !image.config.read_only && !faulty!(image, HeaderNotRepaired)) {
             // An update was cut short. The next one begins with copy 2, whichever that may hurt: so
             // both must be good before.
             self.write_surely(HEADER_OFFSETS[copy - 1], &header.encode(copy)).await?;
@@ -77,7 +77,10 @@ impl<H: Host> Queue<H> {
         let zero = PageZero::decode(&start[..PAGE_SIZE])?;
         let one = &start[HEADER_OFFSETS[0] as usize..][..PAGE_SIZE];
         let two = self.read_own(FileId::Image, HEADER_OFFSETS[1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
-        let header = Header::choose(&zero.uuid, one, &two)?;
+        let mut header = Header::choose(&zero.uuid, one, &two)?;
+        if faulty!(self.image(), HeaderFirstValid) {
+            header = Header::decode(&zero.uuid, 1, one).unwrap_or(header);
+        }
         let behind = [(1, one), (2, &two)].into_iter().find(|(copy, page)| Header::decode(&zero.uuid, *copy, page).ok().as_ref() != Some(&header));
         Ok((header, behind.map(|(copy, _)| copy)))
     }

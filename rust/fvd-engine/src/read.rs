@@ -4,6 +4,7 @@
 use crate::error::{Kind, Result};
 use crate::executor::{Io, Queue, fail};
 use crate::host::{FileId, GuestBuf, Host, HostOp, LogLevel, OpKind, OwnBuf, Segment};
+use crate::image::faulty;
 use crate::io::{BOUNCE_MAX, ENOMEDIUM, buffer_of, ceil, floor, own, result_of};
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
 use std::rc::Rc;
@@ -149,7 +150,7 @@ impl<H: Host> Queue<H> {
         let start = floor(offset, align);
         let total = ceil(offset + usable, align) - start;
         let (ret, op) = self.io(own(OpKind::Read, FileId::Base, start, OwnBuf::zeroed(total as usize), total)).await;
-        if ret == -i64::from(ENOMEDIUM) {
+        if ret == -i64::from(ENOMEDIUM) || (ret < 0 && faulty!(self.image(), BaseErrorIsZero)) {
             return Ok(out);
         }
         result_of(&op, ret)?;

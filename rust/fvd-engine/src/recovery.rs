@@ -8,6 +8,7 @@ use crate::bits::check_range;
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
+use crate::image::faulty;
 use fvd_format::double_write::Batch;
 use fvd_format::journal::{self, CommitId, Extent, Record, Scan, Scanner};
 use fvd_format::limits::PAGE_SIZE;
@@ -50,8 +51,12 @@ impl<H: Host> Queue<H> {
         if image.config.read_only {
             return Ok(());
         }
+        if faulty!(image, RecoveryDropsPages) {
+            image.meta().dirty_pages.clear();
+        }
         // Every touched page in place first; only then does the header let go of the journal.
-        self.checkpoint(|header| header.epoch += 1).await?;
+        let kept = faulty!(image, EpochNotRaised);
+        self.checkpoint(|header| header.epoch += u64::from(!kept)).await?;
         image.meta().session = true;
         Ok(())
     }
@@ -62,9 +67,12 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         let area = *header.region(RegionKind::DoubleWrite).expect("image with a journal");
         let (buf, at) = self.read_own(FileId::Image, area.offset, PAGE_SIZE as u64).await?;
+        if faulty!(image, BatchNotRestored) {
+            return Ok(());
+        }
         let Ok(batch) = Batch::decode(&header.uuid, &buf.to_vec(at, PAGE_SIZE)) else { return Ok(()) };
         // A number that no image can reach in its life was not written by us (FMT-12).
-        if batch.number <= header.last_batch || batch.number > u64::MAX / 2 {
+        if (batch.number <= header.last_batch && !faulty!(image, BatchNumberIgnored)) || batch.number > u64::MAX / 2 {
             return Ok(());
         }
         let len = (batch.entries.len() * PAGE_SIZE) as u64;
@@ -80,6 +88,9 @@ impl<H: Host> Queue<H> {
             }
             pages.push((entry.kind, entry.index, bytes));
         }
+        if image.config.read_only && faulty!(image, OverlayForgotten) {
+            return Ok(());
+        }
         if image.config.read_only {
             image.meta().overlay = pages.into_iter().map(|(kind, index, bytes)| ((kind, index), bytes)).collect();
             return Ok(());
@@ -89,7 +100,9 @@ impl<H: Host> Queue<H> {
             let buf = OwnBuf::from_slice(&bytes);
             self.write_own(FileId::Image, region.offset + index * PAGE_SIZE as u64, buf, PAGE_SIZE as u64).await?;
         }
-        self.sync().await?;
+        if !faulty!(image, RestoreNotSynced) {
+            self.sync().await?;
+        }
         image.meta().last_batch = batch.number;
         Ok(())
     }

@@ -54,7 +54,7 @@ impl<H: Host> Queue<H> {
         // Nor must trailing bytes that something else left behind the old end.
         if limits.grows_zeroed || zeroed || moved {
             let within = (old_end - header.flat_data_end()).min(size - header.virtual_size);
-            if within > 0 {
+            if within > 0 && !faulty!(image, GrowthKeepsRest) {
                 // The rest of the last page was never written.
                 self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new()).await?;
             }
@@ -63,7 +63,9 @@ impl<H: Host> Queue<H> {
                 self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
             }
         }
-        self.sync().await?;
+        if !faulty!(image, GrowthNotSynced) {
+            self.sync().await?;
+        }
         self.update_header(|header| header.virtual_size = size).await?;
         image.map.virtual_size.store(size, Ordering::Release);
         Ok(())
@@ -76,7 +78,7 @@ impl<H: Host> Queue<H> {
         }
         // A base that cannot be reached just now is a base.
         let (ret, op) = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await;
-        if ret == -i64::from(ENOMEDIUM) { Ok(false) } else { result_of(&op, ret).map(|_| true) }
+        if ret == -i64::from(ENOMEDIUM) || (ret < 0 && faulty!(self.image(), BaseErrorIsNone)) { Ok(false) } else { result_of(&op, ret).map(|_| true) }
     }
 
     /// Records another base. Which blocks are in the image does not change; a longer base gets a

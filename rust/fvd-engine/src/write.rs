@@ -44,9 +44,10 @@ impl<H: Host> Queue<H> {
             let image = self.image().clone();
             let _range = if faulty!(image, NoRangeLock) { None } else { Some(image.ranges.lock(start, end).await) };
             self.wait_for_dirty_room().await?;
+            let _range = _range.filter(|_| !faulty!(image, LockReleasedEarly));
             self.write_locked(offset, Payload::Guest { buf, at: 0, len }).await?;
         }
-        if fua { self.flush().await } else { Ok(()) }
+        if fua && !faulty!(self.image(), FuaNotCommitted) { self.flush().await } else { Ok(()) }
     }
 
     /// The range whose lock a change of `len` bytes at `offset` needs.
@@ -77,7 +78,7 @@ impl<H: Host> Queue<H> {
                 head = self.read_base_own(head_start, offset - head_start).await?;
             }
             // What lies behind the covered length is in this image, bit or no bit.
-            let tail_end = ceil(end, block).min(covered);
+            let tail_end = if faulty!(image, TailBeyondCovered) { ceil(end, block) } else { ceil(end, block).min(covered) };
             if end < tail_end && !self.run_of(last, last + 1).await?.0 && !faulty!(image, NarrowHull) {
                 tail = self.read_base_own(end, tail_end - end).await?;
             }
@@ -182,7 +183,9 @@ impl<H: Host> Queue<H> {
     pub(crate) async fn serialise_writes(self: &Rc<Self>) -> SerialGuard<H> {
         self.image().map.no_direct_writes.fetch_add(1, Ordering::SeqCst);
         let guard = SerialGuard(self.clone());
-        self.image().narrow().await;
+        if !faulty!(self.image(), NoNarrowing) {
+            self.image().narrow().await;
+        }
         guard
     }
 

@@ -4,6 +4,7 @@
 use crate::error::Result;
 use crate::executor::Queue;
 use crate::host::{FileId, Host, OpKind};
+use crate::image::faulty;
 use crate::io::{BOUNCE_MAX, bare, ceil, floor};
 use crate::write::Payload;
 use std::rc::Rc;
@@ -33,7 +34,7 @@ impl<H: Host> Queue<H> {
         let size = image.map.virtual_size.load(Ordering::Acquire);
         // Partly covered first and last blocks that are still in the base need copy-on-write.
         let mut from = offset;
-        if from < covered && from % block != 0 && !self.state_of(from, 1).await?.0 {
+        if from < covered && from % block != 0 && !faulty!(image, ZeroWithoutHull) && !self.state_of(from, 1).await?.0 {
             let stop = ceil(from, block).min(end);
             self.zero_by_writing(from, stop).await?;
             from = stop;
@@ -50,6 +51,9 @@ impl<H: Host> Queue<H> {
         if from < covered {
             // Before the zeroing: what cannot be loaded must fail before anything changes.
             self.load_blocks(from >> shift, ((to.min(covered) - 1) >> shift) + 1).await?;
+        }
+        if from < covered && faulty!(image, BitBeforeZeroing) {
+            self.set_bits(from >> shift, ((to.min(covered) - 1) >> shift) + 1);
         }
         let align = u64::from(image.limits(FileId::Image).request_alignment);
         let data = image.map.data_offset.load(Ordering::Relaxed);
@@ -98,7 +102,10 @@ impl<H: Host> Queue<H> {
         let mut at = offset;
         while at < offset + len {
             let (present, run) = self.state_of(at, offset + len - at).await?;
-            let (from, to) = (ceil(at, align), floor(at + run, align));
+            let (mut from, mut to) = (ceil(at, align), floor(at + run, align));
+            if faulty!(image, DiscardRoundsOut) {
+                (from, to) = (floor(at, align), ceil(at + run, align));
+            }
             if present && from < to {
                 self.op(bare(OpKind::Discard, FileId::Image, data + from, to - from)).await?;
             }

@@ -45,6 +45,11 @@ pub fn draw(bytes: &Store, older: Option<&Store>, prng: &mut Prng) -> Option<Har
         }
         2 => {
             let other = pages[prng.below(pages.len() as u64) as usize];
+            // An older version of the same page: that is a lost write, not a misdirected one.
+            let area = header.region(RegionKind::DoubleWrite)?;
+            if (area.offset..area.end()).contains(&(other * PAGE as u64)) {
+                return None;
+            }
             harmed.what = format!("page {other} written to {victim}");
             harmed.bytes.write(at, bytes.page(other)?);
         }

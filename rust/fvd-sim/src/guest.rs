@@ -67,6 +67,8 @@ pub struct Guest {
     pub ended: u64,
     /// The base may be attached and detached: it has content.
     pub has_base: bool,
+    /// The storage does not grow.
+    pub fixed: bool,
     alignment: [u32; 2],
 }
 
@@ -74,7 +76,7 @@ impl Guest {
     /// The guest of a session.
     pub fn new(world: Rc<World>, model: Rc<RefCell<Model>>, cells: u64, next_tag: Tag) -> Self {
         let alignment = world.image_alignment();
-        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, alignment }
+        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, alignment }
     }
 
     /// Requests under way.
@@ -295,6 +297,10 @@ impl Guest {
         }
         match flight.what {
             What::Beyond if error.kind == Kind::OutOfRange => return,
+            What::Grow { .. } if error.kind == Kind::NoSpace && self.fixed && self.world.counters().injected == 0 => {
+                self.maybe_cells = None;
+                return;
+            }
             What::Change { begun, first, count, .. } => {
                 let model = &mut *self.model.borrow_mut();
                 model.oracle.end_maybe(begun, model.geometry.index(first), count as usize);

@@ -42,7 +42,7 @@ enum Command {
         /// The seed.
         #[arg(long)]
         seed: u64,
-        /// Prints the plan and every event.
+        /// Prints every event, of the shrunk plan where the seed fails and it is shrunk.
         #[arg(long)]
         trace: bool,
         /// With this planted fault.
@@ -124,16 +124,19 @@ fn print_totals(summary: &Summary, seconds: f64) {
 }
 
 /// Says how a seed failed, how to see it again, and the shortest script found.
-fn explain(failure: &Failure, fault: Option<Fault>, shorten: bool) {
+fn explain(failure: &Failure, fault: Option<Fault>, shorten: bool, trace: bool) {
     let with = fault.map_or(String::new(), |f| format!(" --fault {f:?}"));
     println!("FAILED seed {}: {}", failure.seed, failure.text);
-    println!("revision {}; replay: fvd-sim replay --seed {}{with} --trace", revision(), failure.seed);
+    println!("revision {}; replay: fvd-sim replay --seed {}{with} --trace --no-shrink", revision(), failure.seed);
     if !shorten {
         return;
     }
     let plan = workload::plan(failure.seed);
     let short = shrink::shrink(&plan, fault, Duration::from_secs(20));
-    let report = run_caught(&short, fault, false);
+    let report = run_caught(&short, fault, trace);
+    for line in &report.trace {
+        println!("{line}");
+    }
     println!("shrunk from {} steps in {} sessions to {} in {}:", plan.steps(), plan.sessions.len(), short.steps(), short.sessions.len());
     println!("{}=> {}", short.describe(), report.violation.unwrap_or_default());
 }
@@ -170,23 +173,23 @@ fn run_command(range: Option<Range>, jobs: u64, limit: Option<Duration>) -> bool
     }
     print_totals(&all, start.elapsed().as_secs_f64());
     if let Some(failure) = &all.failure {
-        explain(failure, None, true);
+        explain(failure, None, true, false);
     }
     all.failure.is_none()
 }
 
 fn replay_command(seed: u64, trace: bool, fault: Option<Fault>, shorten: bool) -> bool {
     let plan = workload::plan(seed);
-    if trace {
+    if trace && !shorten {
         print!("{}", plan.describe());
     }
     let report = run_caught(&plan, fault, trace);
-    for line in &report.trace {
+    for line in report.trace.iter().filter(|_| !shorten) {
         println!("{line}");
     }
     println!("seed {seed}: hash {:016x}, {:?}", report.hash, report.totals);
     if let Some(text) = report.violation {
-        explain(&Failure { seed, text }, fault, shorten);
+        explain(&Failure { seed, text }, fault, shorten, trace);
         return false;
     }
     println!("no failure");

@@ -158,7 +158,7 @@ impl Options {
             block_size,
             journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
             holes: base == BaseIs::Known && p.chance(30),
-            preallocate: p.chance(if limits[0].grows_zeroed { 5 } else { 50 }),
+            preallocate: p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
             limits,
             queues: p.pick(&[1, 1, 2, 3]),
             depth: p.pick(&[1, 2, 4, 8, 16]),

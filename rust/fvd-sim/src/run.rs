@@ -340,6 +340,7 @@ impl<'a> Run<'a> {
         }
         let mut guest = Guest::new(world.clone(), self.model(), self.cells, self.next_tag);
         guest.has_base = self.options.base != BaseIs::None;
+        guest.fixed = !self.options.limits[0].grows_zeroed;
         let mut end = drive(&mut guest, world, session, self.options.depth, prng.chance(30));
         if end == Ok(true) {
             end = close(&mut guest, world, session.cut.as_ref());
@@ -394,7 +395,9 @@ impl<'a> Run<'a> {
             return Err(format!("the disk has {cells} cells in a read-only open, not {}", self.cells));
         }
         self.read_all(&world, None)?;
-        self.ask_check(&world)?;
+        if seed % 2 == 0 {
+            self.ask_check(&world)?;
+        }
         world.request(0, Request::Close).ok_or("a read-only close hangs")?.map_err(|error| format!("a read-only close fails: {error}"))?;
         self.leave(&world)
     }

@@ -85,7 +85,10 @@ impl Store {
             let piece = &from[done..done + n];
             let slot = self.slot(page);
             if n == PAGE {
-                *slot = Some(Rc::new(piece.try_into().expect("a page")));
+                match slot.as_mut().and_then(Rc::get_mut) {
+                    Some(bytes) => bytes.copy_from_slice(piece),
+                    None => *slot = Some(Rc::new(piece.try_into().expect("a page"))),
+                }
             } else {
                 let bytes = slot.get_or_insert_with(|| Rc::new([0; PAGE]));
                 Rc::make_mut(bytes)[within..within + n].copy_from_slice(piece);

@@ -5,7 +5,7 @@
 use crate::clock::{MS, SECOND};
 use crate::disk::Keep;
 use crate::geometry::Geometry;
-use crate::options::{KINDS, Kind, Options};
+use crate::options::{BaseIs, KINDS, Kind, Options};
 use crate::plan::{Act, Cut, Plan, Session, Step};
 use crate::prng::Prng;
 use crate::world::Failures;
@@ -49,11 +49,16 @@ impl Draw<'_> {
         let mut failures = Failures::default();
         if p.chance(options.fail_percent) {
             failures.errno = p.pick(&[-5, -5, -28]);
-            match p.below(4) {
+            match p.below(6) {
                 0 => failures.image_one_in = p.pick(&[15, 60, 300]),
                 1 => failures.base_one_in = p.pick(&[3, 20]),
-                n => (failures.at, failures.forever) = (Some(p.below(3 * wanted)), n == 2 && p.chance(40)),
+                2 | 3 => failures.flush_one_in = p.pick(&[4, 15, 40]),
+                n => (failures.at, failures.forever) = (Some(p.below(3 * wanted)), n == 4 && p.chance(40)),
             }
+        }
+        if number == 0 && options.base == BaseIs::Surprise && p.chance(30) {
+            // The first write asks for the base.
+            failures.base_one_in = 2;
         }
         let damage = p.one_in(4).then(|| p.bits());
         let seed = p.bits();

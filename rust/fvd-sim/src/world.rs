@@ -44,6 +44,8 @@ pub struct Failures {
     pub image_one_in: u64,
     /// Any operation on the base, likewise.
     pub base_one_in: u64,
+    /// Any flush, likewise.
+    pub flush_one_in: u64,
 }
 
 /// What a world is made of.
@@ -531,7 +533,11 @@ impl Inner {
         let failures = &self.setup.failures;
         let number = self.counters.ops;
         let planned = failures.at.is_some_and(|at| number == at || (failures.forever && number > at));
-        let one_in = if op.file == FileId::Base { failures.base_one_in } else { failures.image_one_in };
+        let one_in = match op.kind {
+            _ if op.file == FileId::Base => failures.base_one_in,
+            OpKind::Flush if failures.flush_one_in != 0 => failures.flush_one_in,
+            _ => failures.image_one_in,
+        };
         let errno = if failures.errno == 0 { EIO } else { failures.errno };
         // Where there is no medium, there is nothing to fail.
         let there = op.file != FileId::Base || (self.attached && self.base.is_some());

@@ -337,7 +337,7 @@ fn commits_that_cross_the_wrap_are_replayed() {
     sim.close();
 }
 
-/// Pages of several segments, of several checkpoints, cut anywhere: larger than what crash.rs uses.
+/// Pages of several segments, of several checkpoints, cut anywhere: larger than what the simulator uses.
 #[test]
 fn a_bitmap_of_many_pages_survives_cuts() {
     for seed in 0..40u64 {

@@ -4,8 +4,8 @@
 use super::Verdict;
 use crate::disk::Disk;
 use crate::store::PAGE;
-use fvd_format::Header;
 use fvd_format::header::HEADER_OFFSETS;
+use fvd_format::{Header, RegionKind, page};
 
 /// Copy `copy` is about to be written; `stable` is the header that counts now.
 pub fn submit(disk: &Disk, stable: &Header, copy: usize, bytes: &[u8]) -> Verdict {
@@ -29,8 +29,25 @@ pub fn submit(disk: &Disk, stable: &Header, copy: usize, bytes: &[u8]) -> Verdic
         let (have, need) = (disk.stable.len(), new.file_length_min());
         return Err(format!("the header promises a file of {need} bytes; {have} are durable (CC-40)"));
     }
+    named_regions(disk, stable, &new)?;
     if new.first_seq < stable.first_seq || new.epoch < stable.epoch || new.last_batch < stable.last_batch {
         return Err("the header's epoch, first sequence or last batch goes back".into());
     }
     Ok(())
+}
+
+/// A region that the header names for the first time is durable before (CC-34).
+fn named_regions(disk: &Disk, stable: &Header, new: &Header) -> Verdict {
+    let Some(map) = new.region(RegionKind::PageMap) else { return Ok(()) };
+    if stable.region(RegionKind::PageMap).is_some_and(|old| (old.offset, old.generation) == (map.offset, map.generation)) {
+        return Ok(());
+    }
+    let whole = |index: u64| {
+        let bytes = disk.stable.page(map.offset / PAGE as u64 + index);
+        bytes.is_some_and(|bytes| page::open(&new.uuid, RegionKind::PageMap, map.generation, index, bytes).is_ok())
+    };
+    match (0..map.pages()).find(|index| !whole(*index)) {
+        Some(index) => Err(format!("the header names a page map whose page {index} is not durable (CC-34)")),
+        None => Ok(()),
+    }
 }
