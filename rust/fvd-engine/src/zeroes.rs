@@ -57,7 +57,11 @@ impl<H: Host> Queue<H> {
         }
         let align = u64::from(image.limits(FileId::Image).request_alignment);
         let data = image.map.data_offset.load(Ordering::Relaxed);
-        let inner_end = if to == size { ceil(to, align) } else { floor(to, align) };
+        let mut inner_end = if to == size { ceil(to, align) } else { floor(to, align) };
+        if inner_end < to && inner_end < covered && !self.state_of(inner_end, 1).await?.0 {
+            // The rest is written, and that would fill the front of its block from the base.
+            inner_end = floor(inner_end, block);
+        }
         let inner_start = ceil(from, align);
         if inner_start < inner_end {
             if from < inner_start {

@@ -15,4 +15,5 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (5005, "growth on storage that does not read as zero showed what lay behind the old end (GrowthKeepsRest)"),
     (5028, "a base that failed to answer was taken for none when the image got its bitmap (BaseErrorIsNone)"),
     (7034, "a read-only check took a header copy that a cut tore for damage"),
+    (41426565118001, "write-zeroes up to an unaligned end of the covered part filled the front of its last block from the base"),
 ];
