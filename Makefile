@@ -6,6 +6,7 @@
 #   make run INTERACTIVE=1 the same, and leave a login on the serial console
 #   make test              build all, run every test
 #   make build             libfvd, the fvd tool, the patched QEMU: build/bin, build/lib
+#   make sim HOURS=n       the simulator with fresh seeds on all cores, for n hours
 #   make bench             the figures beside raw and qcow2
 #   make install           libfvd, header, fvd tool to PREFIX (default /usr/local)
 #   make install-qemu      the patched QEMU to PREFIX (default /opt/qemu-fvd)
@@ -14,9 +15,10 @@
 # JOBS=n limits the processors used.
 
 SHELL := /bin/bash
+HOURS ?= 1
 export INTERACTIVE JOBS PREFIX DESTDIR V
 
-.PHONY: all build packages lib qemu run test bench install install-qemu clean
+.PHONY: all build packages lib qemu sim-build sim run test bench install install-qemu clean
 all: build
 
 packages:
@@ -28,7 +30,13 @@ lib: packages
 qemu: lib
 	@scripts/qemu-build.sh
 
-build: lib qemu
+sim-build: packages
+	@scripts/sim.sh
+
+build: lib qemu sim-build
+
+sim: packages
+	@scripts/sim.sh --hours $(HOURS)
 
 run: build
 	@scripts/run-vm.sh

@@ -3,7 +3,7 @@
 //! each must have come to when it ends.
 
 use crate::checker::Model;
-use crate::content::{self, Tag, ZERO};
+use crate::content::{self, BASE, Tag, ZERO};
 use crate::memory::Buf;
 use crate::oracle::Moment;
 use crate::plan::{Act, Step};
@@ -23,6 +23,7 @@ enum What {
     Status { began: Moment, first: u64, count: u64 },
     Flush { begun: Moment },
     Grow { cells: u64 },
+    Empty { begun: Moment },
     Beyond,
     Check,
     Other,
@@ -122,7 +123,18 @@ impl Guest {
                 let begun = self.model.borrow_mut().oracle.tick();
                 self.submit(step, What::Flush { begun }, None, Request::Flush);
             }
-            Act::Grow { cells } if self.maybe_cells.is_none() => {
+            Act::Empty if self.has_base && self.maybe_cells.is_none() => {
+                let readers = self.readers();
+                let begun = {
+                    let oracle = &mut self.model.borrow_mut().oracle;
+                    // From now on all of the base may count, whatever its recorded length.
+                    oracle.loose = true;
+                    oracle.base.iter_mut().for_each(|(_, counts)| *counts = u64::MAX);
+                    oracle.begin(BASE, 0, oracle.len(), readers)
+                };
+                self.submit(step, What::Empty { begun }, None, Request::MakeEmpty);
+            }
+            Act::Grow { cells } if self.maybe_cells.is_none() && !self.flights.iter().any(|f| matches!(f.what, What::Empty { .. })) => {
                 let to = self.cells + cells;
                 self.maybe_cells = Some(to);
                 self.submit(step, What::Grow { cells: to }, None, Request::Resize { size: to * cell, zeroed: true });
@@ -305,6 +317,14 @@ impl Guest {
                 let model = &mut *self.model.borrow_mut();
                 model.oracle.end_maybe(begun, model.geometry.index(first), count as usize);
             }
+            What::Empty { begun } => {
+                let oracle = &mut self.model.borrow_mut().oracle;
+                oracle.end_maybe(begun, 0, oracle.len());
+                // No base so far, or no room for a bitmap that covers the disk.
+                if matches!(error.kind, Kind::Unsupported | Kind::NoSpace) {
+                    return;
+                }
+            }
             _ => {}
         }
         if self.world.counters().injected == 0 {
@@ -333,6 +353,11 @@ impl Guest {
                 }
             }
             What::Flush { begun } => model.oracle.flushed(begun),
+            What::Empty { begun } => {
+                let all = model.oracle.len();
+                model.oracle.end(begun, 0, all);
+                model.oracle.durable(begun, 0, all);
+            }
             What::Grow { cells } => {
                 let pristine = self.world.image().info().is_ok_and(|info| info.header.pristine);
                 model.grow(self.cells, cells, pristine);

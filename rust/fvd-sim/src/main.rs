@@ -69,6 +69,9 @@ enum Command {
         /// The first range starts here; without, at a number from the clock.
         #[arg(long)]
         start: Option<u64>,
+        /// Threads: so many faults at a time.
+        #[arg(long, default_value_t = 1)]
+        jobs: u64,
         /// Only this one.
         #[arg(long)]
         only: Option<String>,
@@ -220,8 +223,8 @@ fn main() -> ExitCode {
             }
         },
         Command::Determinism { seeds } => determinism_command(seeds),
-        Command::Faults { ranges, seconds, start, only } => {
-            faults::command(start.unwrap_or_else(fresh), ranges, Duration::from_secs(seconds), only.as_deref())
+        Command::Faults { ranges, seconds, start, jobs, only } => {
+            faults::command(start.unwrap_or_else(fresh), ranges, Duration::from_secs(seconds), jobs, only.as_deref())
         }
     };
     if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }

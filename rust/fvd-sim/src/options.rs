@@ -39,10 +39,12 @@ pub enum Kind {
     Attach,
     /// All that is under way ends first.
     Drain,
+    /// Every block goes back to the base.
+    Empty,
 }
 
 /// Number of [`Kind`]s.
-pub const KINDS: usize = 14;
+pub const KINDS: usize = 15;
 
 /// What the base is to the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,12 +142,13 @@ impl Options {
             _ => base_sectors,
         };
         let limits = host_limits(p, bytes);
-        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2];
+        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0];
         for (kind, weight) in weights.iter_mut().enumerate() {
             let keep = kind == Kind::Write as usize || p.chance(75);
             *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };
         }
         weights[Kind::ChangeBase as usize] = u64::from(p.one_in(6));
+        weights[Kind::Empty as usize] = u64::from(base != BaseIs::None && p.one_in(8));
         weights[Kind::Attach as usize] = u64::from(base != BaseIs::None && p.one_in(8));
         Self {
             seed,

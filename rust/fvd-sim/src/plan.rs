@@ -59,6 +59,8 @@ pub enum Act {
     },
     /// Records another name of the base.
     ChangeBase,
+    /// Gives every block back to the base.
+    Empty,
     /// Checks the image.
     Check,
     /// Reads or writes beyond the end of the disk.

@@ -93,6 +93,7 @@ impl Draw<'_> {
             k if k == Kind::Status as usize => Act::Status { first, count },
             k if k == Kind::Grow as usize && !early => self.grow(),
             k if k == Kind::ChangeBase as usize => Act::ChangeBase,
+            k if k == Kind::Empty as usize => Act::Empty,
             k if k == Kind::Check as usize => Act::Check,
             k if k == Kind::Beyond as usize => Act::Beyond { write: p.chance(50) },
             k if k == Kind::Sleep as usize => Act::Sleep { ns: p.pick(&[MS, 200 * MS, 6 * SECOND]) },

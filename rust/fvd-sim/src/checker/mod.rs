@@ -99,7 +99,7 @@ impl Checker {
         }
         self.refresh(disk);
         let Some(header) = self.stable.clone() else { return Ok(()) };
-        if op.offset >= header.data_offset {
+        if op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
             return Ok(());
         }
         self.applied += 1;
