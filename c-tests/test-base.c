@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT OR Apache-2.0 */
-/* API-44: bases that come later; API-45: check. */
+/* API-44, API-67: bases that come later; API-45: check. */
 #include "util.h"
 
 static void later(enum mode mode)
@@ -38,6 +38,16 @@ static void later(enum mode mode)
     CHECK_EQ(fvd_image_info(d.image, &info), 0);
     CHECK(!strcmp(info.base_name, "moved.raw"));
     check_base(&d.q, 8192, 0);
+    /* Emptied, the disk is its base, now and later. */
+    CHECK_EQ(do_make_empty(&d.q), 0);
+    check_base(&d.q, MIB, 0);
+    check_bytes(&d.q, 0, MIB, MIB);
+    CHECK_EQ(do_fill(&d.q, 2, 4096, 512), 0);
+    CHECK_EQ(do_close(&d.q), 0);
+    disk_reopen(&d, 0);
+    check_base(&d.q, 512, 0);
+    check_bytes(&d.q, 2, 4096, 512);
+    check_base(&d.q, MIB - 4608, 4608);
     disk_end(&d);
 }
 
@@ -57,6 +67,7 @@ static void first(enum mode mode)
     CHECK_EQ(info.base_name[0], 0);
     check_bytes(&d.q, 1, 4096, 8192);
     check_bytes(&d.q, 0, 8192, 0);
+    CHECK_EQ(do_make_empty(&d.q), -ENOTSUP);
     disk_end(&d);
 }
 

@@ -46,6 +46,8 @@ static void all_submits(struct fvd_queue *queue)
     CHECK(calls == 11 && last == -EINVAL);
     fvd_submit_check(queue, &check, NULL, remember, &last);
     CHECK(calls == 12 && last == -EINVAL);
+    fvd_submit_make_empty(queue, remember, &last);
+    CHECK(calls == 13 && last == -EINVAL);
 }
 
 /* API-29: so do the others, or they do nothing. */

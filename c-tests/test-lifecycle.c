@@ -115,6 +115,7 @@ static void states(enum mode mode)
         CHECK_EQ(do_resize(&q, 8 * MIB, 0), -EBUSY);
         CHECK_EQ(do_status(&q, 0, 512, &status), -EBUSY);
         CHECK_EQ(do_change_base(&q, "x", "raw"), -EBUSY);
+        CHECK_EQ(do_make_empty(&q), -EBUSY);
         CHECK_EQ(do_check(&q, &check), -EBUSY);
         CHECK_EQ(fvd_lookup(image, 0, 0, 512, 0, &map), FVD_LOOKUP_ASK);
         fvd_queue_run(q.queue);

@@ -574,6 +574,13 @@ int64_t do_change_base(struct mem_queue *q, const char *name, const char *format
     return wait_for(q, &r);
 }
 
+int64_t do_make_empty(struct mem_queue *q)
+{
+    struct result r = { 0 };
+    fvd_submit_make_empty(q->queue, done, &r);
+    return wait_for(q, &r);
+}
+
 int64_t do_check(struct mem_queue *q, struct fvd_check *out)
 {
     struct result r = { 0 };

@@ -149,6 +149,7 @@ int64_t do_discard(struct mem_queue *q, uint64_t offset, uint64_t len);
 int64_t do_resize(struct mem_queue *q, uint64_t size, uint32_t flags);
 int64_t do_status(struct mem_queue *q, uint64_t offset, uint64_t len, struct fvd_block_status *out);
 int64_t do_change_base(struct mem_queue *q, const char *name, const char *format);
+int64_t do_make_empty(struct mem_queue *q);
 int64_t do_check(struct mem_queue *q, struct fvd_check *out);
 
 /* Reads and compares: every byte is `byte`, or the base's. */

@@ -883,13 +883,22 @@ void fvd_submit_block_status(struct fvd_queue *queue,
 
 /**
  * Records another base: the names are copied. name NULL or empty: none. What
- * the guest sees of the base follows the host's FVD_FILE_BASE.
+ * the guest sees of the base follows the host's FVD_FILE_BASE. No byte of the
+ * disk that is in the image changes; where the bitmap does not reach as far as
+ * the new base (of unknown length, if the host has none now), it is enlarged.
  */
 void fvd_submit_change_base(struct fvd_queue *queue,
                             const char *name,
                             const char *format,
                             fvd_done_fn *done,
                             void *opaque);
+
+/**
+ * Gives every block back to the base, in one step that a crash does not
+ * divide: the disk reads as the base does. For a disk whose content was written
+ * to its base. -ENOTSUP without a base.
+ */
+void fvd_submit_make_empty(struct fvd_queue *queue, fvd_done_fn *done, void *opaque);
 
 /**
  * Checks the image. out stays valid until done. finding, unless NULL, is

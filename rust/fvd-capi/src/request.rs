@@ -326,7 +326,9 @@ pub unsafe extern "C" fn fvd_submit_block_status(
 }
 
 /// Records another base: the names are copied. name NULL or empty: none. What
-/// the guest sees of the base follows the host's FVD_FILE_BASE.
+/// the guest sees of the base follows the host's FVD_FILE_BASE. No byte of the
+/// disk that is in the image changes; where the bitmap does not reach as far as
+/// the new base (of unknown length, if the host has none now), it is enlarged.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fvd_submit_change_base(queue: *mut fvd_queue, name: *const c_char, format: *const c_char, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: see `fvd_submit_create`.
@@ -336,6 +338,15 @@ pub unsafe extern "C" fn fvd_submit_change_base(queue: *mut fvd_queue, name: *co
             Ok((Request::ChangeBase { name, format }, Answer::Plain))
         });
     }
+}
+
+/// Gives every block back to the base, in one step that a crash does not
+/// divide: the disk reads as the base does. For a disk whose content was written
+/// to its base. -ENOTSUP without a base.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fvd_submit_make_empty(queue: *mut fvd_queue, done: fvd_done_fn, opaque: *mut c_void) {
+    // SAFETY: see `fvd_submit_create`.
+    unsafe { submit(queue, done, opaque, || Ok((Request::MakeEmpty, Answer::Plain))) }
 }
 
 /// Checks the image. out stays valid until done. finding, unless NULL, is

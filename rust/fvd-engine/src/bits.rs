@@ -16,6 +16,8 @@ pub(crate) const SEGMENT_BITS: u64 = SEGMENT_PAGES * PAYLOAD_BITS;
 /// Memory of a loaded segment: bytes.
 pub(crate) const SEGMENT_MEMORY: u64 = SEGMENT_PAGES * 4096;
 const SPINE: u64 = 1024;
+/// Rows the spine has at least, so that the bitmap can grow: with 4 KiB blocks, 500 TiB.
+const ROWS_MIN: u64 = 64;
 
 /// 64 pages' worth of bits.
 pub(crate) struct Segment {
@@ -68,19 +70,32 @@ pub(crate) enum Run {
 /// The bitmap.
 pub(crate) struct Bits {
     spine: Box<[OnceLock<Box<[OnceLock<Segment>]>>]>,
-    bits: u64,
+    /// Grows only; who finds a block below the covered length finds its bit below this.
+    bits: AtomicU64,
 }
 
 impl Bits {
     /// A bitmap of `bits` bits, nothing loaded.
     pub(crate) fn new(bits: u64) -> Self {
-        let spine = (0..bits.div_ceil(SEGMENT_BITS).div_ceil(SPINE)).map(|_| OnceLock::new()).collect();
-        Self { spine, bits }
+        let rows = bits.div_ceil(SEGMENT_BITS).div_ceil(SPINE).max(ROWS_MIN);
+        Self { spine: (0..rows).map(|_| OnceLock::new()).collect(), bits: AtomicU64::new(bits) }
+    }
+
+    /// Most bits that [`Bits::grow`] can make of it.
+    pub(crate) fn capacity(&self) -> u64 {
+        self.spine.len() as u64 * SPINE * SEGMENT_BITS
+    }
+
+    /// Adds bits, of which nothing is loaded that was not loaded before.
+    pub(crate) fn grow(&self, bits: u64) {
+        assert!(bits >= self.len() && bits <= self.capacity());
+        self.bits.store(bits, Ordering::Release);
     }
 
     /// Number of bits.
+    #[inline]
     pub(crate) fn len(&self) -> u64 {
-        self.bits
+        self.bits.load(Ordering::Relaxed)
     }
 
     /// Segment `index`, if loaded.
@@ -98,7 +113,7 @@ impl Bits {
     /// The run that starts at `first` and ends before `end`, within one segment.
     #[inline]
     pub(crate) fn run(&self, first: u64, end: u64) -> Run {
-        assert!(first < end && end <= self.bits);
+        assert!(first < end && end <= self.len());
         let index = first / SEGMENT_BITS;
         let Some(segment) = self.segment(index) else { return Run::Missing(index) };
         let from = first - index * SEGMENT_BITS;
@@ -132,7 +147,7 @@ impl Bits {
 
     /// Sets or clears `first..end`; their segments are loaded.
     pub(crate) fn write(&self, first: u64, end: u64, value: bool) {
-        assert!(first <= end && end <= self.bits);
+        assert!(first <= end && end <= self.len());
         let mut at = first;
         while at < end {
             let segment = self.segment(at / SEGMENT_BITS).expect("segment loaded before its bits change");
@@ -146,6 +161,15 @@ impl Bits {
                 word.fetch_and(!mask, Ordering::Release);
             }
             at += n;
+        }
+    }
+
+    /// Clears every bit; no page is stored any more.
+    pub(crate) fn clear(&self) {
+        for segment in (0..self.len().div_ceil(SEGMENT_BITS)).filter_map(|i| self.segment(i)) {
+            segment.words.iter().for_each(|word| word.store(0, Ordering::Release));
+            segment.counts.iter().for_each(|count| count.store(0, Ordering::Relaxed));
+            segment.bad.store(0, Ordering::Relaxed);
         }
     }
 
@@ -175,7 +199,7 @@ impl Bits {
 
     /// Number of 1 bits; every segment is loaded or entirely initial.
     pub(crate) fn count_ones(&self) -> u64 {
-        let segments = self.bits.div_ceil(SEGMENT_BITS);
+        let segments = self.len().div_ceil(SEGMENT_BITS);
         (0..segments)
             .filter_map(|i| self.segment(i))
             .map(|s| s.words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum::<u64>())

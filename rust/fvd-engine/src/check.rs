@@ -4,7 +4,7 @@
 use crate::bits::SEGMENT_PAGES;
 use crate::error::Result;
 use crate::executor::Queue;
-use crate::host::{FileId, Host, LogLevel, OpKind};
+use crate::host::{FileId, Host, OpKind};
 use crate::io::bare;
 use crate::request::CheckReport;
 use bitvec::prelude::*;
@@ -33,8 +33,8 @@ impl<H: Host> Queue<H> {
                 // makes both agree again.
                 Ok(found) if image.config.read_only && found.generation + 1 == header.generation => {}
                 Ok(found) => report.corrupt(format!("header copy {copy}: generation {} instead of {}", found.generation, header.generation)),
-                // The same where the cut tore it: the other copy counts, and nothing is lost.
-                Err(error) if image.config.read_only => self.host().log(LogLevel::Warning, &error.to_string()),
+                // Torn by the cut that ended the session, perhaps; the next writable open mends it.
+                Err(error) if image.config.read_only => report.findings.push(format!("{error}; the other copy counts")),
                 Err(error) => report.corrupt(error.to_string()),
             }
         }

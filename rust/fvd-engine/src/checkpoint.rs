@@ -215,11 +215,7 @@ impl Meta {
     }
 
     fn seal(&self, header: &Header, place: PageHeader, count_before: u32, words: &[u64]) -> Sealed {
-        let mut bytes = vec![0; PAGE_SIZE];
-        for (to, word) in bytes[page::HEADER_SIZE..].chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        page::seal(&header.uuid, &place, &mut bytes);
+        let bytes = page::of_words(&header.uuid, &place, words);
         Sealed { kind: place.kind, index: place.index, bytes, count_before }
     }
 }

@@ -5,22 +5,18 @@
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf, STATUS_DATA};
-use crate::image::{State, faulty};
+use crate::image::State;
 use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil};
+use crate::layout::{REGION_ALIGNMENT, place_regions};
 use crate::request::{CreateParams, Preallocation};
 use crate::resize::check_base;
 use bitvec::prelude::*;
-use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, REGIONS_START, compatible};
+use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, compatible};
 use fvd_format::limits::*;
-use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
-use fvd_format::{Header, PageZero, Region, RegionKind, bitmap};
+use fvd_format::page::PAYLOAD_WORDS;
+use fvd_format::{Header, PageZero};
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 
-/// Regions begin at multiples of this, so that no write granule is shared: bytes.
-const REGION_ALIGNMENT: u64 = 64 << 10;
-/// Guest data begins at a multiple of this: bytes.
-const DATA_ALIGNMENT: u64 = 1 << 20;
 /// Zeroing is asked for in steps of this, so that one request stays short: bytes.
 const ZERO_STEP: u64 = 1 << 30;
 
@@ -196,7 +192,11 @@ impl<H: Host> Queue<H> {
             self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
         }
         self.preallocate(params.preallocation, &header, total).await?;
-        self.write_initial_pages(&mut header, holes).await?;
+        let words = |index: u64| {
+            let words = holes.as_ref()?.as_raw_slice().chunks(PAYLOAD_WORDS).nth(index as usize)?;
+            words.iter().any(|&w| w != 0).then(|| words.to_vec())
+        };
+        self.write_new_regions(&mut header, words).await?;
         for copy in [2, 1] {
             self.write_own(FileId::Image, HEADER_OFFSETS[copy - 1], OwnBuf::from_slice(&header.encode(copy)), PAGE_SIZE as u64).await?;
         }
@@ -224,134 +224,6 @@ impl<H: Host> Queue<H> {
             };
             at += n;
         }
-        Ok(())
-    }
-
-    /// Writes the whole page map, and the bitmap pages that do not start out as all zero.
-    async fn write_initial_pages(self: &Rc<Self>, header: &mut Header, holes: Option<BitVec<u64, Lsb0>>) -> Result<()> {
-        let Some(map) = header.region(RegionKind::PageMap).copied() else { return Ok(()) };
-        let region = *header.region(RegionKind::Bitmap).expect("page map and bitmap go together");
-        let mut map_words = vec![0u64; map.pages() as usize * PAYLOAD_WORDS];
-        let mut stored = 0;
-        for (index, words) in holes.iter().flat_map(|h| h.as_raw_slice().chunks(PAYLOAD_WORDS)).enumerate() {
-            if words.iter().all(|&w| w == 0) {
-                continue;
-            }
-            let bit = region.map_first as usize + index;
-            map_words[bit / 64] |= 1 << (bit % 64);
-            stored += 1;
-            self.write_initial_page(header, &region, RegionKind::Bitmap, index as u64, words).await?;
-        }
-        for (index, words) in map_words.chunks(PAYLOAD_WORDS).enumerate() {
-            self.write_initial_page(header, &map, RegionKind::PageMap, index as u64, words).await?;
-        }
-        header.region_mut(RegionKind::Bitmap).as_mut().expect("has one").count_sum = stored;
-        header.region_mut(RegionKind::PageMap).as_mut().expect("has one").count_sum = map.pages();
-        Ok(())
-    }
-
-    async fn write_initial_page(self: &Rc<Self>, header: &Header, region: &Region, kind: RegionKind, index: u64, words: &[u64]) -> Result<()> {
-        let mut bytes = vec![0; PAGE_SIZE];
-        for (to, word) in bytes[page::HEADER_SIZE..].chunks_exact_mut(8).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
-        }
-        page::seal(&header.uuid, &PageHeader { kind, generation: region.generation, index, write_count: 1, checkpoint: 0 }, &mut bytes);
-        self.write_own(FileId::Image, region.offset + index * PAGE_SIZE as u64, OwnBuf::from_slice(&bytes), PAGE_SIZE as u64).await
-    }
-}
-
-/// Gives every region of a new flat image its place, and the data its offset.
-fn place_regions(header: &mut Header, journal_size: u64) {
-    if header.covered > 0 {
-        header.data_offset = ceil(give_places(header, journal_size), DATA_ALIGNMENT);
-        return;
-    }
-    // Room for the regions of a bitmap made later: a hole, which costs addresses, not storage. Not
-    // on a device, where it would cost storage.
-    let mut later = header.clone();
-    (later.covered, later.block_size) = (header.virtual_size, default_block_size(header.virtual_size));
-    let room = header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
-    let end = if room { give_places(&mut later, journal_size) } else { REGIONS_START };
-    header.data_offset = ceil(end, DATA_ALIGNMENT);
-}
-
-/// Puts the regions of an image with a bitmap one behind the other; returns where they end.
-fn give_places(header: &mut Header, journal_size: u64) -> u64 {
-    let mut at = REGIONS_START;
-    let mut take = |length: u64| {
-        let region = Region { offset: at, length, generation: 1, map_first: 0, count_sum: 0 };
-        at = ceil(at + length, REGION_ALIGNMENT);
-        Some(region)
-    };
-    let page = PAGE_SIZE as u64;
-    let bitmap_pages = bitmap::pages(header.blocks());
-    *header.region_mut(RegionKind::PageMap) = take(bitmap_pages.div_ceil(PAYLOAD_BITS) * page);
-    *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE);
-    *header.region_mut(RegionKind::Journal) = take(journal_size);
-    *header.region_mut(RegionKind::Bitmap) = take(bitmap_pages * page);
-    at
-}
-
-/// Puts the regions in front of the data, with the smallest blocks (the disk may have grown since
-/// room was left) and then the largest journal that fit. False if there is no room.
-fn fit_places(header: &mut Header) -> bool {
-    loop {
-        let end = give_places(header, JOURNAL_SIZE_MIN);
-        if end <= header.data_offset {
-            let spare = header.data_offset - end;
-            give_places(header, (JOURNAL_SIZE_MIN + spare / REGION_ALIGNMENT * REGION_ALIGNMENT).min(JOURNAL_SIZE_MAX));
-            return true;
-        }
-        if header.block_size >= BLOCK_SIZE_MAX {
-            return false;
-        }
-        header.block_size *= 2;
-    }
-}
-
-impl<H: Host> Queue<H> {
-    /// Ends the pristine state before the first write. If the image has a base by now, in the
-    /// header or attached by the host, it gets a bitmap, in which every block is still in the base.
-    ///
-    /// Order (CC-34): the new regions, synced, in space that nothing names; then the header names
-    /// them; then readers and writers see the bitmap.
-    pub(crate) async fn leave_pristine(self: &Rc<Self>) -> Result<()> {
-        let image = self.image().clone();
-        if !image.map.pristine.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let _one_at_a_time = image.layout_lock.lock().await;
-        if !image.map.pristine.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let mut header = image.header();
-        header.pristine = false;
-        if header.virtual_size > 0 && self.has_base().await? {
-            // Another base may follow, of another length: the bitmap covers the disk.
-            header.base_length = BASE_LENGTH_UNKNOWN;
-            header.block_size = default_block_size(header.virtual_size);
-            header.covered = header.virtual_size;
-            if !fit_places(&mut header) {
-                return fail(Kind::Unsupported, "there is no room for a bitmap in front of the data; create the image with its base");
-            }
-            for region in header.regions.iter().flatten() {
-                self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
-            }
-            self.write_initial_pages(&mut header, None).await?;
-            if !faulty!(image, RegionsAfterHeader) {
-                self.sync().await?;
-            }
-        }
-        self.update_header(|old| {
-            header.generation = old.generation;
-            *old = header;
-        })
-        .await?;
-        let header = image.header();
-        if header.covered > 0 {
-            self.load_page_map().await?;
-        }
-        image.publish(&header);
         Ok(())
     }
 }

@@ -36,11 +36,19 @@ pub enum Fault {
     RegionsAfterHeader,
     /// Close sets the clean mark without a checkpoint.
     CleanWithoutCheckpoint,
+    /// Regions are built anew, but the header still lets old commits count.
+    OldCommitsCount,
+    /// The bitmap is enlarged without the block in which it ended being made whole.
+    LastBlockLeftHalf,
+    /// The bitmap is emptied while writes that found a block in the image are on their way (R5).
+    EmptyWithoutNarrowing,
+    /// A disk that grows does not zero what lay behind it.
+    GrowthShowsOldBytes,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Fault; 14] = [
+    pub const ALL: [Fault; 18] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -55,5 +63,9 @@ impl Fault {
         Self::NoRangeLock,
         Self::RegionsAfterHeader,
         Self::CleanWithoutCheckpoint,
+        Self::OldCommitsCount,
+        Self::LastBlockLeftHalf,
+        Self::EmptyWithoutNarrowing,
+        Self::GrowthShowsOldBytes,
     ];
 }

@@ -141,6 +141,8 @@ pub enum Request<B> {
         /// Format; mandatory with `name`.
         format: String,
     },
+    /// Gives every block back to the base: the disk reads as the base does.
+    MakeEmpty,
     /// Checks the image.
     Check,
 }

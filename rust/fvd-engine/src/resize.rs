@@ -4,9 +4,11 @@
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, OpKind};
+use crate::image::faulty;
 use crate::io::{ENOMEDIUM, bare, ceil, result_of};
 use crate::write::Payload;
-use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, VIRTUAL_SIZE_MAX};
+use fvd_format::header::BASE_LENGTH_UNKNOWN;
+use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, SECTOR, VIRTUAL_SIZE_MAX};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -35,9 +37,8 @@ impl<H: Host> Queue<H> {
         }
         let new_end = ceil(header.data_offset + size, PAGE_SIZE as u64);
         let old_end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
-        if header.regions.iter().flatten().any(|r| r.offset >= header.data_offset && r.offset < new_end) {
-            return fail(Kind::Unsupported, "metadata lies behind the disk and would have to be moved");
-        }
+        // Metadata that lay behind the disk moves away; what it leaves behind must not show up in the disk.
+        let moved = self.clear_way(new_end).await?;
         // A write up to the old end fills up its host sector with zeroes: none may be under way when
         // others may write behind that end.
         let (sector, sector_end) = self.lock_range(header.virtual_size, (old_end - header.flat_data_end()).max(1));
@@ -50,8 +51,8 @@ impl<H: Host> Queue<H> {
             }
             self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
         }
-        // Trailing bytes that something left behind the old end must not show up in the disk.
-        if limits.grows_zeroed || zeroed {
+        // Nor must trailing bytes that something else left behind the old end.
+        if (limits.grows_zeroed || zeroed || moved) && !faulty!(image, GrowthShowsOldBytes) {
             let within = (old_end - header.flat_data_end()).min(size - header.virtual_size);
             if within > 0 {
                 // The rest of the last page was never written.
@@ -78,12 +79,17 @@ impl<H: Host> Queue<H> {
         if ret == -i64::from(ENOMEDIUM) { Ok(false) } else { result_of(&op, ret).map(|_| true) }
     }
 
-    /// Records another base name. Which blocks are in the image does not change.
+    /// Records another base. Which blocks are in the image does not change; a longer base gets a
+    /// bitmap that reaches as far, so that blocks can be given back to it.
     pub(crate) async fn change_base(self: &Rc<Self>, name: String, format: String) -> Result<()> {
         self.image().check_writable()?;
         check_base(&name, &format)?;
         let image = self.image().clone();
         let _one_at_a_time = image.layout_lock.lock().await;
+        if !name.is_empty() {
+            let (length, _) = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await;
+            self.cover_base(if length >= 0 { ceil(length as u64, SECTOR) } else { BASE_LENGTH_UNKNOWN }).await?;
+        }
         self.update_header(|header| {
             header.base_name = name;
             header.base_format = format;

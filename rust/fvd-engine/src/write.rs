@@ -179,7 +179,7 @@ impl<H: Host> Queue<H> {
 
     /// Excludes every other write until the guard is dropped: new ones ask the engine and find
     /// their range locked, older ones are waited for (R5).
-    async fn serialise_writes(self: &Rc<Self>) -> SerialGuard<H> {
+    pub(crate) async fn serialise_writes(self: &Rc<Self>) -> SerialGuard<H> {
         self.image().map.no_direct_writes.fetch_add(1, Ordering::SeqCst);
         let guard = SerialGuard(self.clone());
         self.image().narrow().await;
@@ -245,7 +245,7 @@ impl<H: Host> Queue<H> {
 }
 
 /// Ends a read-modify-write cycle.
-struct SerialGuard<H: Host>(Rc<Queue<H>>);
+pub(crate) struct SerialGuard<H: Host>(Rc<Queue<H>>);
 
 impl<H: Host> Drop for SerialGuard<H> {
     fn drop(&mut self) {

@@ -292,7 +292,9 @@ fn planted_faults_are_caught() {
     std::panic::set_hook(Box::new(|_| ()));
     let mut missed = Vec::new();
     let only = std::env::var("FVD_FAULT").ok();
-    for fault in Fault::ALL.into_iter().filter(|f| only.as_ref().is_none_or(|name| format!("{f:?}") == *name)) {
+    // Those of `tests/relayout.rs` need requests that are not drawn here.
+    let elsewhere = [Fault::OldCommitsCount, Fault::LastBlockLeftHalf, Fault::EmptyWithoutNarrowing, Fault::GrowthShowsOldBytes];
+    for fault in Fault::ALL.into_iter().filter(|f| !elsewhere.contains(f)).filter(|f| only.as_ref().is_none_or(|name| format!("{f:?}") == *name)) {
         let limit = 3000;
         match (0..limit).find_map(|seed| run(seed, Some(fault)).err().map(|text| (seed, text))) {
             Some((seed, text)) => println!("{fault:?}: seed {seed}: {}", text.lines().next().unwrap_or_default()),

@@ -60,6 +60,17 @@ pub fn seal(uuid: &Uuid, header: &PageHeader, page: &mut [u8]) {
     put_u32(page, 0, crc);
 }
 
+/// A whole page: `words` sealed under `header`.
+pub fn of_words(uuid: &Uuid, header: &PageHeader, words: &[u64]) -> Vec<u8> {
+    assert!(words.len() <= PAYLOAD_WORDS);
+    let mut page = vec![0; PAGE_SIZE];
+    for (to, word) in page[HEADER_SIZE..].chunks_exact_mut(8).zip(words) {
+        to.copy_from_slice(&word.to_le_bytes());
+    }
+    seal(uuid, header, &mut page);
+    page
+}
+
 /// Checks that `page` is page `index` of generation `generation` of region `kind` of this image.
 pub fn open(uuid: &Uuid, kind: RegionKind, generation: u32, index: u64, page: &[u8]) -> Result<PageHeader> {
     assert_eq!(page.len(), PAGE_SIZE);

@@ -444,19 +444,15 @@ impl World {
 
     /// Runs until nothing is left to do; false after a cut.
     pub fn drain(&self, queue: &Rc<Queue<TestHost>>) -> bool {
-        loop {
+        queue.run();
+        while self.step(queue) {
             queue.run();
-            while self.step(queue) {
-                queue.run();
-            }
-            if !self.pending.borrow().is_empty() {
-                return false;
-            }
-            if queue.is_idle() {
-                return true;
-            }
-            panic!("the engine waits for nothing: {:?}", self.log.borrow());
         }
+        if !self.pending.borrow().is_empty() {
+            return false;
+        }
+        assert!(queue.is_idle(), "the engine waits for nothing: {:?}", self.log.borrow());
+        true
     }
 
     /// One request, to its end. `None` after a cut.

@@ -1,0 +1,378 @@
+/*
+ * FVD block driver: creation and measuring
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+
+#include "block/aio-wait.h"
+#include "block/qdict.h"
+#include "qapi/error.h"
+#include "qapi/qapi-visit-block-core.h"
+#include "qapi/qobject-input-visitor.h"
+#include "qemu/cutils.h"
+#include "qemu/option.h"
+#include "qobject/qdict.h"
+#include "system/block-backend.h"
+
+#include "fvd-int.h"
+
+/*
+ * The base, for its length and its holes, or NULL.  Whoever writes to it
+ * makes this fail, as a length that can change must not be recorded.
+ */
+static BlockBackend *coroutine_fn GRAPH_UNLOCKED
+fvd_co_open_base(BlockDriverState *file, const char *name, const char *format,
+                 bool content, Error **errp)
+{
+    QDict *options;
+    BlockDriverState *bs;
+    BlockBackend *blk;
+    char *full;
+
+    full = bdrv_get_full_backing_filename_from_filename(file->filename, name,
+                                                        errp);
+    if (!full) {
+        return NULL;
+    }
+    options = qdict_new();
+    qdict_put_str(options, "driver", format);
+    bs = bdrv_co_open(full, NULL, options, content ? 0 : BDRV_O_NO_BACKING,
+                      errp);
+    g_free(full);
+    if (!bs) {
+        return NULL;
+    }
+    blk = blk_co_new_with_bs(bs, BLK_PERM_CONSISTENT_READ,
+                             BLK_PERM_CONSISTENT_READ |
+                             BLK_PERM_WRITE_UNCHANGED, errp);
+    if (blk) {
+        blk_set_allow_write_beyond_eof(blk, true); /* reads, too */
+    }
+    bdrv_co_unref(bs);
+    return blk;
+}
+
+int coroutine_fn GRAPH_UNLOCKED
+fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
+{
+    BlockdevCreateOptionsFvd *o = &opts->u.fvd;
+    const char *base_format = NULL;
+    BlockDriverState *bs = NULL;
+    BlockBackend *blk = NULL, *base = NULL;
+    struct fvd_limits limits;
+    FVDOptions options = {};
+    FVDEngine *e = NULL;
+    Error *local_err = NULL;
+    FVDWait w = {};
+    int ret = -EINVAL;
+
+    assert(opts->driver == BLOCKDEV_DRIVER_FVD);
+
+    if (o->has_backing_fmt) {
+        base_format = BlockdevDriver_str(o->backing_fmt);
+    }
+    if (o->backing_file && !*o->backing_file) {
+        error_setg(errp, "backing-file must not be empty");
+        return -EINVAL;
+    }
+    if (o->backing_file && !base_format) {
+        error_setg(errp, "The format of backing-file '%s' must be given "
+                   "(backing-fmt): it is never guessed", o->backing_file);
+        return -EINVAL;
+    }
+    if (!o->backing_file && base_format) {
+        error_setg(errp, "backing-fmt '%s' is given without backing-file",
+                   base_format);
+        return -EINVAL;
+    }
+    if (!o->backing_file && o->detect_sparse_hole) {
+        error_setg(errp, "detect-sparse-hole %" PRIu64 " is given without "
+                   "backing-file", o->detect_sparse_hole);
+        return -EINVAL;
+    }
+    if (o->size > INT64_MAX) {
+        error_setg(errp, "size %" PRIu64 " is too large", o->size);
+        return -EINVAL;
+    }
+    if (o->block_size > UINT32_MAX) {
+        error_setg(errp, "block-size %" PRIu64 " is too large", o->block_size);
+        return -EINVAL;
+    }
+
+    bs = bdrv_co_open_blockdev_ref(o->file, errp);
+    if (!bs) {
+        return -EIO;
+    }
+    blk = blk_co_new_with_bs(bs, BLK_PERM_WRITE | BLK_PERM_RESIZE, BLK_PERM_ALL,
+                             errp);
+    if (!blk) {
+        ret = -EPERM;
+        goto out;
+    }
+    blk_set_allow_write_beyond_eof(blk, true);
+
+    if (o->backing_file) {
+        base = fvd_co_open_base(bs, o->backing_file, base_format,
+                                o->detect_sparse_hole, &local_err);
+        if (!base && o->detect_sparse_hole) {
+            error_propagate_prepend(errp, local_err, "detect-sparse-hole "
+                                    "needs to read backing-file '%s': ",
+                                    o->backing_file);
+            goto out;
+        }
+        /* Without detection its length is left open */
+        error_free(local_err);
+    }
+
+    ret = blk_co_truncate(blk, 0, false, PREALLOC_MODE_OFF, 0, errp);
+    if (ret < 0) {
+        goto out;
+    }
+
+    bdrv_graph_co_rdlock();
+    fvd_file_limits(bs, &limits);
+    bdrv_graph_co_rdunlock();
+    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
+    if (!e) {
+        ret = -EINVAL;
+        goto out;
+    }
+    e->file = blk;
+    e->base = base;
+
+    fvd_submit_create(fvd_queue(e), &(struct fvd_create) {
+        .struct_size = sizeof(struct fvd_create),
+        .virtual_size = o->size,
+        .block_size = o->block_size,
+        .preallocation = o->preallocation == PREALLOC_MODE_METADATA ?
+                             FVD_PREALLOC_METADATA :
+                         o->preallocation == PREALLOC_MODE_FALLOC ?
+                             FVD_PREALLOC_FALLOC :
+                         o->preallocation == PREALLOC_MODE_FULL ?
+                             FVD_PREALLOC_FULL : FVD_PREALLOC_OFF,
+        .journal_size = o->journal_size,
+        .detect_sparse_hole = o->detect_sparse_hole,
+        .base_name = o->backing_file,
+        .base_format = base_format,
+    }, fvd_done, &w);
+    ret = fvd_co_wait(&w, errp);
+    fvd_co_engine_free(e);
+out:
+    blk_co_unref(base);
+    blk_co_unref(blk);
+    bdrv_co_unref(bs);
+    return ret;
+}
+
+QemuOptsList fvd_create_opts = {
+    .name = "fvd-create-opts",
+    .head = QTAILQ_HEAD_INITIALIZER(fvd_create_opts.head),
+    .desc = {
+        {
+            .name = BLOCK_OPT_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Virtual disk size"
+        },
+        {
+            .name = BLOCK_OPT_BACKING_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "File name of a base image"
+        },
+        {
+            .name = BLOCK_OPT_BACKING_FMT,
+            .type = QEMU_OPT_STRING,
+            .help = "Image format of the base image (mandatory with one)"
+        },
+        {
+            .name = FVD_OPT_BLOCK_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Copy-on-write unit in bytes, a power of two from 4k to "
+                    "2M (default: the smallest with a bitmap up to 2M)"
+        },
+        {
+            .name = BLOCK_OPT_CLUSTER_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Another name for block_size"
+        },
+        {
+            .name = FVD_OPT_JOURNAL_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Journal size in bytes, 1M to 256M (default: 16M)"
+        },
+        {
+            .name = FVD_OPT_DETECT_SPARSE_HOLE,
+            .type = QEMU_OPT_STRING,
+            .help = "Look for zeroes in the base image: off, on (one block) "
+                    "or the shortest run in bytes (default: off)"
+        },
+        {
+            .name = BLOCK_OPT_PREALLOC,
+            .type = QEMU_OPT_STRING,
+            .help = "Preallocation mode (allowed values: off, metadata, "
+                    "falloc, full)"
+        },
+        { /* end of list */ }
+    }
+};
+
+/* 2011's option said on and off; 1 means one block to the library */
+static bool fvd_parse_hole(const char *text, uint64_t *size, Error **errp)
+{
+    if (!strcmp(text, "on") || !strcmp(text, "off")) {
+        *size = !strcmp(text, "on");
+        return true;
+    }
+    if (qemu_strtosz(text, NULL, size) < 0) {
+        error_setg(errp, "%s must be on, off or a size, not '%s'",
+                   FVD_OPT_DETECT_SPARSE_HOLE, text);
+        return false;
+    }
+    return true;
+}
+
+int coroutine_fn GRAPH_UNLOCKED
+fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
+                   Error **errp)
+{
+    static const QDictRenames renames[] = {
+        { BLOCK_OPT_BACKING_FILE,       "backing-file" },
+        { BLOCK_OPT_BACKING_FMT,        "backing-fmt" },
+        { FVD_OPT_BLOCK_SIZE,           "block-size" },
+        { FVD_OPT_JOURNAL_SIZE,         "journal-size" },
+        { FVD_OPT_DETECT_SPARSE_HOLE,   "detect-sparse-hole" },
+        { NULL, NULL },
+    };
+    BlockdevCreateOptions *create_options = NULL;
+    BlockDriverState *bs = NULL;
+    const char *block_size, *alias, *hole;
+    QDict *qdict;
+    Visitor *v;
+    int ret = -EINVAL;
+
+    qdict = qemu_opts_to_qdict_filtered(opts, NULL, &fvd_create_opts, true);
+
+    block_size = qdict_get_try_str(qdict, FVD_OPT_BLOCK_SIZE);
+    alias = qdict_get_try_str(qdict, BLOCK_OPT_CLUSTER_SIZE);
+    if (alias && block_size && strcmp(alias, block_size)) {
+        error_setg(errp, "%s %s and %s %s are the same option with different "
+                   "values", BLOCK_OPT_CLUSTER_SIZE, alias, FVD_OPT_BLOCK_SIZE,
+                   block_size);
+        goto out;
+    }
+    if (alias) {
+        g_autofree char *value = g_strdup(alias);
+
+        qdict_del(qdict, BLOCK_OPT_CLUSTER_SIZE);
+        qdict_put_str(qdict, FVD_OPT_BLOCK_SIZE, value);
+    }
+    hole = qdict_get_try_str(qdict, FVD_OPT_DETECT_SPARSE_HOLE);
+    if (hole) {
+        uint64_t size;
+
+        if (!fvd_parse_hole(hole, &size, errp)) {
+            goto out;
+        }
+        qdict_put_int(qdict, FVD_OPT_DETECT_SPARSE_HOLE, size);
+    }
+    if (!qdict_rename_keys(qdict, renames, errp)) {
+        goto out;
+    }
+
+    /* Create and open the file (protocol layer) */
+    ret = bdrv_co_create_file(filename, opts, errp);
+    if (ret < 0) {
+        goto out;
+    }
+    bs = bdrv_co_open(filename, NULL, NULL,
+                      BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL, errp);
+    if (!bs) {
+        ret = -EIO;
+        goto out;
+    }
+
+    ret = -EINVAL;
+    qdict_put_str(qdict, "driver", "fvd");
+    qdict_put_str(qdict, "file", bs->node_name);
+    v = qobject_input_visitor_new_flat_confused(qdict, errp);
+    if (!v) {
+        goto out;
+    }
+    visit_type_BlockdevCreateOptions(v, NULL, &create_options, errp);
+    visit_free(v);
+    if (!create_options) {
+        goto out;
+    }
+
+    /* Silently round up size */
+    create_options->u.fvd.size = ROUND_UP(create_options->u.fvd.size,
+                                          BDRV_SECTOR_SIZE);
+    ret = fvd_co_create(create_options, errp);
+out:
+    if (ret < 0) {
+        bdrv_graph_co_rdlock();
+        bdrv_co_delete_file_noerr(bs);
+        bdrv_graph_co_rdunlock();
+    }
+    qobject_unref(qdict);
+    bdrv_co_unref(bs);
+    qapi_free_BlockdevCreateOptions(create_options);
+    return ret;
+}
+
+/* Has the library create an image nowhere, and looks how long it got */
+BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                              Error **errp)
+{
+    g_autofree char *backing_file = NULL;
+    struct fvd_limits limits = {
+        .struct_size = sizeof(limits),
+        .flags = FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING,
+    };
+    struct fvd_create params = { .struct_size = sizeof(params) };
+    FVDOptions options = {};
+    BlockMeasureInfo *info = NULL;
+    FVDEngine *e;
+    FVDWait w = {};
+    uint64_t block_size;
+    int64_t size;
+
+    if (in_bs) {
+        size = bdrv_getlength(in_bs);
+        if (size < 0) {
+            error_setg_errno(errp, -size, "Unable to get image size");
+            return NULL;
+        }
+    } else {
+        size = qemu_opt_get_size_del(opts, BLOCK_OPT_SIZE, 0);
+    }
+    params.virtual_size = ROUND_UP(size, BDRV_SECTOR_SIZE);
+    block_size = qemu_opt_get_size_del(opts, BLOCK_OPT_CLUSTER_SIZE, 0);
+    block_size = qemu_opt_get_size_del(opts, FVD_OPT_BLOCK_SIZE, block_size);
+    params.block_size = MIN(block_size, UINT32_MAX);
+    params.journal_size = qemu_opt_get_size_del(opts, FVD_OPT_JOURNAL_SIZE, 0);
+    backing_file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
+    if (backing_file) {
+        params.base_name = backing_file;
+        params.base_format = "raw"; /* as good as any other here */
+    }
+
+    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
+    if (!e) {
+        return NULL;
+    }
+    e->measuring = true;
+    fvd_submit_create(fvd_queue(e), &params, fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+
+    if (fvd_wait_result(&w, errp) == 0) {
+        info = g_new0(BlockMeasureInfo, 1);
+        info->required = e->measured_end;
+        /* A flat image is as long from the start as it can get */
+        info->fully_allocated = e->measured_end;
+    }
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !fvd_queue_destroy(QLIST_FIRST(&e->queues)));
+    fvd_engine_destroy(e);
+    return info;
+}

@@ -1,0 +1,123 @@
+/*
+ * FVD block driver: what its files share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef BLOCK_FVD_INT_H
+#define BLOCK_FVD_INT_H
+
+#include "block/block_int.h"
+#include "qapi/qapi-types-block-core.h"
+#include "qemu/queue.h"
+
+#include <fvd.h>
+
+#define FVD_OPT_BLOCK_SIZE          "block_size"
+#define FVD_OPT_JOURNAL_SIZE        "journal_size"
+#define FVD_OPT_DETECT_SPARSE_HOLE  "detect_sparse_hole"
+
+typedef struct FVDEngine FVDEngine;
+
+/*
+ * The library's queue of one AioContext: all calls on @queue, and all its
+ * callbacks but wake, come from the thread that runs @ctx.  For the main
+ * loop that is any thread that holds the BQL.
+ */
+typedef struct FVDQueue {
+    FVDEngine *engine;
+    AioContext *ctx;            /* referenced: no other can get its address */
+    struct fvd_queue *queue;
+    QEMUBH *wake_bh;
+    bool woken;                 /* atomic: wake_bh is scheduled */
+    QEMUTimer timer;
+    uint64_t timer_at;          /* UINT64_MAX: off; under FVDEngine.lock */
+    QLIST_ENTRY(FVDQueue) next; /* under FVDEngine.lock */
+} FVDQueue;
+
+/* One handle of the library and where its I/O goes */
+struct FVDEngine {
+    BlockDriverState *bs;       /* the open node, or NULL and */
+    BlockBackend *file;         /* the file of an image to be created, */
+    BlockBackend *base;         /* its base, if that can be read, */
+    bool measuring;             /* or nothing is written at all, but counted */
+    uint64_t measured_end;
+
+    struct fvd_image *image;    /* thread-safe */
+    bool writable;
+    uint64_t data_offset;       /* where guest data begins; set when opened */
+
+    QemuMutex lock;             /* never held across a call of the library */
+    bool paused;                /* drained: timers do not run; under @lock */
+    QLIST_HEAD(, FVDQueue) queues;
+
+    QSLIST_ENTRY(FVDEngine) retired;
+};
+
+typedef struct FVDOptions {
+    uint64_t commit_interval_ms;
+    uint64_t metadata_memory;
+} FVDOptions;
+
+typedef struct BDRVFvdState {
+    /*
+     * NULL: opened for inspection, inactive, or broken by a failed reopen.
+     * Read by any thread while it has a request in flight; replaced in the
+     * main loop in a drained section, or set by the first request under
+     * @open_lock; always under @lock.
+     */
+    FVDEngine *engine;
+    QemuMutex lock;
+    bool drained;               /* under @lock */
+    bool commit_due;            /* a queue with a running timer went away */
+    CoMutex open_lock;
+
+    /* Replaced by activation with reads in flight; freed when drained */
+    QSLIST_HEAD(, FVDEngine) retired;
+
+    FVDOptions options;         /* main loop */
+    struct fvd_limits limits;   /* of bs->file; set at open */
+    struct fvd_info info;       /* when there was an engine last; main loop */
+    int64_t virtual_size;       /* atomic */
+} BDRVFvdState;
+
+typedef struct FVDWait {
+    Coroutine *co;              /* set while it sleeps */
+    bool done;
+    int64_t ret;
+    char *text;
+} FVDWait;
+
+/* fvd-host.c: the library's host, its queues and engines */
+
+void fvd_done(void *opaque, int64_t ret, const char *text);
+int fvd_wait_result(FVDWait *w, Error **errp);
+int coroutine_fn fvd_co_wait(FVDWait *w, Error **errp);
+
+struct fvd_queue *fvd_queue(FVDEngine *e);
+bool fvd_queue_destroy(FVDQueue *q);
+FVDEngine *fvd_engine_new(BlockDriverState *bs, const FVDOptions *options,
+                          const struct fvd_limits *limits, uint32_t flags,
+                          Error **errp);
+void fvd_engine_destroy(FVDEngine *e);
+void coroutine_fn fvd_co_engine_free(FVDEngine *e);
+FVDEngine *coroutine_fn fvd_co_engine_open(BlockDriverState *bs,
+                                           const FVDOptions *options,
+                                           uint32_t flags, Error **errp);
+void fvd_pause(FVDEngine *e, bool paused);
+void GRAPH_RDLOCK fvd_file_limits(BlockDriverState *bs,
+                                  struct fvd_limits *limits);
+
+/* fvd-create.c */
+
+extern QemuOptsList fvd_create_opts;
+
+int coroutine_fn GRAPH_UNLOCKED
+fvd_co_create(BlockdevCreateOptions *opts, Error **errp);
+int coroutine_fn GRAPH_UNLOCKED
+fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
+                   Error **errp);
+BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                              Error **errp);
+
+#endif /* BLOCK_FVD_INT_H */

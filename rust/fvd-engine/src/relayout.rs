@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Regions built anew: a bitmap made, enlarged or emptied after creation, metadata moved out of the
+//! way of a growing disk (FMT-125…127).
+//!
+//! Order (CC-34): the new regions, complete, in space that nothing names → sync → one header update
+//! that names them and lets go of every commit → readers. A cut before that update leaves the old
+//! regions untouched; the space of either side is free once both header copies agree.
+
+use crate::bits::{Bits, SEGMENT_BITS, SEGMENT_MEMORY, SEGMENT_PAGES, Segment, set_words};
+use crate::error::{Kind, Result};
+use crate::executor::{Queue, fail};
+use crate::host::{FileId, Host, OpKind, OwnBuf};
+use crate::image::{Image, faulty};
+use crate::io::{BOUNCE_MAX, bare, ceil};
+use crate::layout::{FreeSpace, fit_places};
+use crate::write::Payload;
+use fvd_format::bitmap;
+use fvd_format::header::BASE_LENGTH_UNKNOWN;
+use fvd_format::limits::*;
+use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
+use fvd_format::{Header, Region, RegionKind};
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+
+/// What the bits of a rebuilt bitmap say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fill {
+    /// Bits stay as they are; blocks that had no bit are in this image.
+    Keep,
+    /// Every block is in the base.
+    Base,
+}
+
+/// Keeps commits and checkpoints away until it is dropped.
+struct Hold<H: Host>(Rc<Queue<H>>);
+
+impl<H: Host> Drop for Hold<H> {
+    fn drop(&mut self) {
+        let image = self.0.image();
+        {
+            let mut meta = image.meta();
+            meta.committing = false;
+            meta.checkpointing = false;
+        }
+        image.commit_wait.wake_all();
+        image.checkpoint_wait.wake_all();
+    }
+}
+
+impl<H: Host> Queue<H> {
+    /// Ends the pristine state before the first write. If the image has a base by now, in the
+    /// header or attached by the host, it gets a bitmap, in which every block is still in the base.
+    pub(crate) async fn leave_pristine(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        if !image.map.pristine.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _one_at_a_time = image.layout_lock.lock().await;
+        if !image.map.pristine.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        if image.header().virtual_size > 0 && self.has_base().await? {
+            return self.rebuild(Fill::Base, 0, cover_disk).await;
+        }
+        self.update_header(|header| header.pristine = false).await?;
+        image.map.pristine.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Makes the bitmap reach as far as a base of `base_length` bytes (or of unknown length). What
+    /// had no bit is in this image and stays so. The caller holds the layout lock.
+    pub(crate) async fn cover_base(self: &Rc<Self>, base_length: u64) -> Result<()> {
+        let image = self.image().clone();
+        let header = image.header();
+        let counted = base_length.min(header.virtual_size);
+        if header.pristine || counted <= header.covered {
+            return Ok(());
+        }
+        self.rebuild(Fill::Keep, 0, |header| {
+            if header.block_size == 0 {
+                header.block_size = default_block_size(counted);
+            }
+            header.covered = ceil(counted, u64::from(header.block_size)).min(header.virtual_size);
+            header.base_length = base_length;
+        })
+        .await
+    }
+
+    /// Gives every block back to the base, in one step. What the image has beyond the base's end
+    /// would be lost if the bitmap did not cover it: a larger one is built where it does not.
+    pub(crate) async fn make_empty(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        image.check_writable()?;
+        let _one_at_a_time = image.layout_lock.lock().await;
+        let header = image.header();
+        if header.pristine || header.virtual_size == 0 {
+            return Ok(());
+        }
+        if !self.has_base().await? {
+            return fail(Kind::Unsupported, "an image without a base cannot be emptied");
+        }
+        self.rebuild(Fill::Base, 0, cover_disk).await
+    }
+
+    /// Moves regions that lie between the disk and file byte `end` behind it, so that the disk can
+    /// grow. True if any had to. The caller holds the layout lock.
+    pub(crate) async fn clear_way(self: &Rc<Self>, end: u64) -> Result<bool> {
+        let header = self.image().header();
+        let in_way = |r: &Region| r.offset >= header.data_offset && r.offset < end;
+        if !header.regions.iter().flatten().any(in_way) {
+            return Ok(false);
+        }
+        self.rebuild(Fill::Keep, end, |_| ()).await?;
+        Ok(true)
+    }
+
+    /// Builds the regions of `change`d header anew and makes them the ones that count.
+    async fn rebuild(self: &Rc<Self>, fill: Fill, data_end: u64, change: impl Fn(&mut Header)) -> Result<()> {
+        let image = self.image().clone();
+        // Nobody changes a bit meanwhile; writes that need no bit go on.
+        let _all = image.ranges.lock(0, u64::MAX).await;
+        let changed = |mut header| {
+            change(&mut header);
+            header
+        };
+        if fill == Fill::Keep {
+            self.load_for_rebuild(&changed(image.header())).await?;
+        }
+        let _hold = self.hold_metadata().await?;
+        let _loads = image.load_lock.lock().await;
+        // A write that found a block in the image must end before the block is not (R5).
+        let _serial = if fill == Fill::Base && !faulty!(image, EmptyWithoutNarrowing) { Some(self.serialise_writes().await) } else { None };
+        let old = image.header();
+        let mut new = changed(old.clone());
+        let fresh = place_anew(&old, &mut new, data_end)?;
+        self.claim(&fresh).await?;
+        let blocks = new.blocks();
+        let map_words = self.write_new_regions(&mut new, |page| image.page_of_rebuilt(&old, fill, blocks, page)).await?;
+        if !faulty!(image, RegionsAfterHeader) {
+            self.sync().await?;
+        }
+        let (seq, commit) = {
+            let meta = image.meta();
+            (meta.next_seq, meta.next_commit)
+        };
+        let flip = new.clone();
+        self.update_header(|header| {
+            let generation = header.generation;
+            *header = flip;
+            header.generation = generation;
+            if old.region(RegionKind::Journal).is_some() && !faulty!(image, OldCommitsCount) {
+                // The new pages hold what every commit said.
+                (header.first_seq, header.first_commit) = (seq, commit);
+            }
+        })
+        .await?;
+        image.publish_rebuilt(&old, fill, map_words);
+        Ok(())
+    }
+
+    /// Loads what is to be kept, and makes the block whole in which the base ended so far: what lies
+    /// behind that end reads as zero, and a longer base must not show there.
+    async fn load_for_rebuild(self: &Rc<Self>, new: &Header) -> Result<()> {
+        let image = self.image().clone();
+        let old = image.header();
+        let segments = bitmap::pages(new.blocks()).div_ceil(SEGMENT_PAGES);
+        if segments.saturating_mul(SEGMENT_MEMORY) > image.config.metadata_memory {
+            return fail(Kind::NoMemory, format!("a bitmap of {} blocks needs more than {} bytes of memory (metadata-memory)", new.blocks(), image.config.metadata_memory));
+        }
+        if old.covered == 0 {
+            return Ok(());
+        }
+        if new.blocks() > image.bits().capacity() {
+            return fail(Kind::Unsupported, "the bitmap cannot be enlarged that far while the image is open; open it again");
+        }
+        self.load_blocks(0, old.blocks()).await?;
+        let block = u64::from(old.block_size);
+        let edge = old.base_length.min(old.covered);
+        let (last, start) = (edge / block, edge / block * block);
+        if start < edge && !self.run_of(last, last + 1).await?.0 && !faulty!(image, LastBlockLeftHalf) {
+            let end = (start + block).min(old.covered);
+            let head = self.read_base_own(start, end - start).await?;
+            self.write_hull(end, head, Payload::Zero(0), Vec::new()).await?;
+            self.set_bits(last, last + 1);
+        }
+        Ok(())
+    }
+
+    /// Waits until everything is committed and keeps commits and checkpoints away (FMT-126). The
+    /// caller holds the lock of every range, so that no bit changes.
+    async fn hold_metadata(self: &Rc<Self>) -> Result<Hold<H>> {
+        let image = self.image().clone();
+        loop {
+            self.commit_metadata().await?;
+            image.commit_wait.until(|| (!std::mem::replace(&mut image.meta().committing, true)).then_some(())).await;
+            image.checkpoint_wait.until(|| (!std::mem::replace(&mut image.meta().checkpointing, true)).then_some(())).await;
+            let hold = Hold(self.clone());
+            image.check_poison()?;
+            // A commit of somebody else's may have failed since.
+            if image.meta().pending.is_empty() {
+                return Ok(hold);
+            }
+        }
+    }
+
+    /// Makes space that nothing names part of the file, really allocated and zero.
+    async fn claim(self: &Rc<Self>, fresh: &[Region]) -> Result<()> {
+        let end = fresh.iter().map(|r| r.offset + r.length).max().unwrap_or(0);
+        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        if length < end {
+            if !self.image().limits(FileId::Image).grows_zeroed {
+                return fail(Kind::NoSpace, format!("the storage has {length} bytes; {end} are needed to hold the metadata, and it cannot grow"));
+            }
+            self.op(bare(OpKind::Truncate, FileId::Image, end, 0)).await?;
+        }
+        for region in fresh {
+            self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes regions that nothing names yet: the whole page map, and the bitmap pages that `words`
+    /// says are not initial. Returns the words of the page map.
+    pub(crate) async fn write_new_regions(self: &Rc<Self>, header: &mut Header, words: impl Fn(u64) -> Option<Vec<u64>>) -> Result<Vec<u64>> {
+        let (Some(map), Some(bits)) = (header.region(RegionKind::PageMap).copied(), header.region(RegionKind::Bitmap).copied()) else {
+            return Ok(Vec::new());
+        };
+        let mut map_words = vec![0u64; map.pages() as usize * PAYLOAD_WORDS];
+        let stored = self
+            .write_new_pages(header, RegionKind::Bitmap, |index| {
+                let words = words(index)?;
+                let bit = (bits.map_first + index) as usize;
+                map_words[bit / 64] |= 1 << (bit % 64);
+                Some(words)
+            })
+            .await?;
+        let all = self.write_new_pages(header, RegionKind::PageMap, |index| Some(map_words[index as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS].to_vec())).await?;
+        header.region_mut(RegionKind::Bitmap).as_mut().expect("has one").count_sum = stored;
+        header.region_mut(RegionKind::PageMap).as_mut().expect("has one").count_sum = all;
+        Ok(map_words)
+    }
+
+    /// Writes the pages of a new region that have words, neighbours in one write; returns how many.
+    async fn write_new_pages(self: &Rc<Self>, header: &Header, kind: RegionKind, mut words: impl FnMut(u64) -> Option<Vec<u64>>) -> Result<u64> {
+        let region = *header.region(kind).expect("new region");
+        let mut stored = 0;
+        let mut run = Vec::new();
+        for index in 0..region.pages() {
+            let page = words(index);
+            if let Some(words) = &page {
+                let place = PageHeader { kind, generation: region.generation, index, write_count: 1, checkpoint: 0 };
+                run.extend_from_slice(&page::of_words(&header.uuid, &place, words));
+                stored += 1;
+            }
+            let next = index + u64::from(page.is_some());
+            if !run.is_empty() && (page.is_none() || run.len() as u64 >= BOUNCE_MAX || next == region.pages()) {
+                let offset = region.offset + next * PAGE_SIZE as u64 - run.len() as u64;
+                self.write_own(FileId::Image, offset, OwnBuf::from_slice(&run), run.len() as u64).await?;
+                run.clear();
+            }
+        }
+        Ok(stored)
+    }
+}
+
+/// Lets the bitmap speak of the whole disk: another base may follow, of another length.
+fn cover_disk(header: &mut Header) {
+    header.pristine = false;
+    header.base_length = BASE_LENGTH_UNKNOWN;
+    if header.block_size == 0 {
+        header.block_size = default_block_size(header.virtual_size);
+    }
+    header.covered = header.virtual_size;
+}
+
+/// Gives the regions that `new` needs a place which `old` does not name; returns those that are
+/// new. Bitmap and page map always are; double-write area and journal if they have none or lie
+/// before `data_end`, which the disk will reach.
+fn place_anew(old: &Header, new: &mut Header, data_end: u64) -> Result<Vec<Region>> {
+    // An image that had none of them left room in front of its data.
+    let fits = old.region(RegionKind::Journal).is_none() && fit_places(new);
+    if !fits {
+        let mut space = FreeSpace::of(old, data_end);
+        let pages = bitmap::pages(new.blocks());
+        let page = PAGE_SIZE as u64;
+        for (kind, length) in [(RegionKind::PageMap, pages.div_ceil(PAYLOAD_BITS) * page), (RegionKind::Bitmap, pages * page)] {
+            *new.region_mut(kind) = Some(successor(old, kind, space.take(length), length)?);
+        }
+        for (kind, length) in [(RegionKind::DoubleWrite, DOUBLE_WRITE_SIZE), (RegionKind::Journal, JOURNAL_SIZE_DEFAULT)] {
+            match old.region(kind) {
+                Some(there) if there.offset < old.data_offset || there.offset >= data_end => {}
+                there => {
+                    let length = there.map_or(length, |r| r.length);
+                    *new.region_mut(kind) = Some(successor(old, kind, space.take(length), length)?);
+                }
+            }
+        }
+    }
+    let is_new = |r: &&Region| !old.regions.iter().flatten().any(|o| o.offset == r.offset);
+    Ok(new.regions.iter().flatten().filter(is_new).copied().collect())
+}
+
+/// The region that follows the one of `kind`.
+fn successor(old: &Header, kind: RegionKind, offset: u64, length: u64) -> Result<Region> {
+    let generation = match old.region(kind) {
+        None => 1,
+        Some(r) if r.generation < u32::MAX => r.generation + 1,
+        Some(_) => return fail(Kind::Unsupported, "a region was rebuilt 2³² times; convert the image"),
+    };
+    Ok(Region { offset, length, generation, map_first: 0, count_sum: 0 })
+}
+
+impl Image {
+    /// Words of page `index` of the bitmap of `blocks` blocks that replaces `old`'s; `None`: all 0.
+    fn page_of_rebuilt(&self, old: &Header, fill: Fill, blocks: u64, index: u64) -> Option<Vec<u64>> {
+        if fill == Fill::Base {
+            return None;
+        }
+        let from = index * PAYLOAD_BITS;
+        let mut words = if from < old.blocks() { self.bits().page_words(index).into_vec() } else { vec![0; PAYLOAD_WORDS] };
+        let (first, end) = (old.blocks().max(from), blocks.min(from + PAYLOAD_BITS));
+        if first < end {
+            set_words(&mut words, first - from, end - from, true);
+        }
+        words.iter().any(|&w| w != 0).then_some(words)
+    }
+
+    /// Lets readers see the regions that the header names since just now. Ranges are locked, and
+    /// commits, checkpoints and loads are kept away.
+    fn publish_rebuilt(&self, old: &Header, fill: Fill, map_words: Vec<u64>) {
+        let header = self.header();
+        let map = &self.map;
+        map.block_shift.store(header.block_size.trailing_zeros(), Ordering::Release);
+        let bits = map.bits.get_or_init(|| Bits::new(header.blocks()));
+        bits.grow(header.blocks());
+        let mut added = 0;
+        match fill {
+            Fill::Base => bits.clear(),
+            Fill::Keep => {
+                for segment in 0..header.blocks().div_ceil(SEGMENT_BITS) {
+                    added += u64::from(bits.segment(segment).is_none());
+                    bits.insert(segment, Segment::initial());
+                }
+                bits.write(old.blocks(), header.blocks(), true);
+                for page in 0..bitmap::pages(header.blocks()) {
+                    bits.set_count(page, u32::from(map_words[(page / 64) as usize] >> (page % 64) & 1 == 1));
+                }
+            }
+        }
+        {
+            let mut meta = self.meta();
+            assert!(meta.pending.is_empty() && meta.frozen.is_empty() && meta.stable.is_empty(), "everything was committed");
+            for kind in [RegionKind::PageMap, RegionKind::Bitmap] {
+                meta.count_sums.insert(kind, header.region(kind).map_or(0, |r| r.count_sum));
+            }
+            meta.page_map_counts = vec![1; map_words.len() / PAYLOAD_WORDS];
+            meta.page_map = map_words;
+            meta.dirty_map_pages.clear();
+            meta.dirty_pages.clear();
+            meta.written.clear();
+            meta.segments_loaded += added;
+        }
+        // After the bitmap, so that who sees the length finds the bits.
+        map.covered.store(header.covered, Ordering::Release);
+        map.pristine.store(header.pristine, Ordering::Release);
+    }
+}
