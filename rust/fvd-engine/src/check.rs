@@ -34,7 +34,7 @@ impl<H: Host> Queue<H> {
                 Ok(found) if image.config.read_only && found.generation + 1 == header.generation => {}
                 Ok(found) => report.corrupt(format!("header copy {copy}: generation {} instead of {}", found.generation, header.generation)),
                 // Torn by the cut that ended the session, perhaps; the next writable open mends it.
-                Err(error) if image.config.read_only => report.findings.push(format!("{error}; the other copy counts")),
+                Err(error) if image.config.read_only && !header.clean => report.findings.push(format!("{error}; the other copy counts")),
                 Err(error) => report.corrupt(error.to_string()),
             }
         }

@@ -52,14 +52,14 @@ impl<H: Host> Queue<H> {
             self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
         }
         // Nor must trailing bytes that something else left behind the old end.
-        if (limits.grows_zeroed || zeroed || moved) && !faulty!(image, GrowthShowsOldBytes) {
+        if limits.grows_zeroed || zeroed || moved {
             let within = (old_end - header.flat_data_end()).min(size - header.virtual_size);
             if within > 0 {
                 // The rest of the last page was never written.
                 self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new()).await?;
             }
             let end = length.min(new_end);
-            if old_end < end {
+            if old_end < end && !faulty!(image, GrowthShowsOldBytes) {
                 self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
             }
         }
