@@ -12,7 +12,6 @@ pub mod content;
 pub mod damage;
 pub mod disk;
 pub mod exhaustive;
-pub mod fault_loop;
 pub mod geometry;
 pub mod guest;
 pub mod memory;
