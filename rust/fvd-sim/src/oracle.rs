@@ -149,7 +149,7 @@ impl Oracle {
     }
 
     /// Versions that a power cut now may leave in cell `index`.
-    fn survivors(&self, index: usize) -> impl DoubleEndedIterator<Item = Tag> {
+    pub fn survivors(&self, index: usize) -> impl DoubleEndedIterator<Item = Tag> {
         let state = &self.cells[index];
         let newest = if state.versions.len() > 1 { state.newest(self.flushed).max(state.durable) } else { 0 };
         state.versions.iter().filter(move |v| v.done >= newest).map(|v| v.tag)

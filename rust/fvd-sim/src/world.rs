@@ -356,6 +356,24 @@ impl World {
         self.inner.borrow().pending.values().map(|p| (p.op.kind, p.op.file, p.op.offset, p.op.len)).collect()
     }
 
+    /// What the operations under way would do to the image file, in order of issue: a power cut may
+    /// leave any of it.
+    pub fn changes_under_way(&self) -> Vec<Change> {
+        let mut inner = self.inner.borrow_mut();
+        let inner = &mut *inner;
+        let mut ordered: Vec<_> = std::mem::take(&mut inner.pending).into_iter().collect();
+        ordered.sort_by_key(|(key, _)| key.1);
+        let image = ordered.iter().filter(|(_, pending)| pending.op.file == FileId::Image);
+        let changes = image.filter_map(|(_, pending)| inner.change_of(&pending.op)).collect();
+        inner.pending.extend(ordered);
+        changes
+    }
+
+    /// The host puts another base in the place of the one it has.
+    pub fn set_base(&self, base: Base) {
+        self.inner.borrow_mut().base = Some(base);
+    }
+
     fn issue(&self, owner: Owner, op: HostOp<Buf>) {
         let inline = {
             let mut inner = self.inner.borrow_mut();
