@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod faults;
+mod small;
 
 use clap::{Parser, Subcommand};
 use fvd_engine::faults::Fault;
@@ -75,6 +76,21 @@ enum Command {
         /// Only this one.
         #[arg(long)]
         only: Option<String>,
+    },
+    /// Every sequence of a few operations, every crash point, every subset of what was not flushed.
+    Exhaustive {
+        /// Operations in a sequence, at most.
+        #[arg(long, default_value_t = 3)]
+        depth: u32,
+        /// Threads.
+        #[arg(long, default_value_t = 2)]
+        jobs: usize,
+        /// With this planted fault.
+        #[arg(long)]
+        fault: Option<String>,
+        /// Only this sequence: names of operations, separated by commas.
+        #[arg(long)]
+        sequence: Option<String>,
     },
 }
 
@@ -212,16 +228,22 @@ fn determinism_command(range: Range) -> bool {
     first.is_none()
 }
 
+/// Runs `f` with the fault of that name, if any.
+fn with_fault(name: Option<String>, f: impl FnOnce(Option<Fault>) -> bool) -> bool {
+    match name.as_deref().map(fault_named).transpose() {
+        Ok(fault) => f(fault),
+        Err(text) => {
+            eprintln!("{text}");
+            false
+        }
+    }
+}
+
 fn main() -> ExitCode {
     let fine = match Args::parse().command {
         Command::Run { seeds, jobs, seconds } => run_command(seeds, jobs, seconds.map(Duration::from_secs)),
-        Command::Replay { seed, trace, fault, no_shrink } => match fault.as_deref().map(fault_named).transpose() {
-            Ok(fault) => replay_command(seed, trace, fault, !no_shrink),
-            Err(text) => {
-                eprintln!("{text}");
-                false
-            }
-        },
+        Command::Replay { seed, trace, fault, no_shrink } => with_fault(fault, |fault| replay_command(seed, trace, fault, !no_shrink)),
+        Command::Exhaustive { depth, jobs, fault, sequence } => with_fault(fault, |fault| small::command(depth, jobs, fault, sequence.as_deref())),
         Command::Determinism { seeds } => determinism_command(seeds),
         Command::Faults { ranges, seconds, start, jobs, only } => {
             faults::command(start.unwrap_or_else(fresh), ranges, Duration::from_secs(seconds), jobs, only.as_deref())
