@@ -238,13 +238,14 @@ impl<'a> Judge<'a> {
         let mut seen = BTreeSet::new();
         self.recover(file, &header, &mut |world| {
             cuts += 1;
+            let under_way = world.changes_under_way();
             let disk = world.disk();
             let state = (disk.mark() - disk.unflushed().len() as u64, disk.mark(), world.under_way());
             if before.as_ref() == Some(&state) {
                 return Ok(());
             }
             before = Some(state);
-            let changes: Vec<_> = disk.unflushed().iter().cloned().chain(world.changes_under_way()).collect();
+            let changes: Vec<_> = disk.unflushed().iter().cloned().chain(under_way).collect();
             let stable = Hashed::new(disk.stable.clone());
             Cut::new(&changes, |at, len| at + len <= data.0 || at >= data.1).each(&stable, &mut |file, _| {
                 if seen.insert(file.hash) {

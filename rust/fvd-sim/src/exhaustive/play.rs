@@ -263,6 +263,7 @@ impl<'a> Player<'a> {
         }
         self.tally.cuts += 1;
         let (world, allowed) = (self.world.clone(), self.allowed());
+        let under_way = world.changes_under_way();
         let disk = world.disk();
         let flushed = disk.mark() - disk.unflushed().len() as u64;
         let point = Point { flushed, mark: disk.mark(), under_way: world.under_way(), allowed };
@@ -273,7 +274,7 @@ impl<'a> Player<'a> {
             self.stable = Some((flushed, Hashed::new(disk.stable.clone())));
         }
         let (_, stable) = self.stable.as_ref().expect("just made");
-        let changes: Vec<_> = disk.unflushed().iter().cloned().chain(world.changes_under_way()).collect();
+        let changes: Vec<_> = disk.unflushed().iter().cloned().chain(under_way).collect();
         let image = world.image().info().ok();
         let cells = point.allowed.sizes[1].max(point.allowed.sizes[0]);
         let data = image.map_or((0, u64::MAX), |info| (info.header.data_offset, info.header.data_offset + cells * 512));
