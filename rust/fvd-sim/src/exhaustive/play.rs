@@ -2,7 +2,7 @@
 //! Plays one sequence. Crash points are those of its last letter: those of the letters before it
 //! belong to shorter sequences.
 
-use super::alphabet::{ALPHABET, DISK, Do};
+use super::alphabet::{ALPHABET, DISK, Do, SHORT};
 use super::judge::{Allowed, Judge, code};
 use super::tear::{Cut, Hashed};
 use super::{Stage, Tally};
@@ -77,7 +77,7 @@ pub fn play(stage: &Stage, judge: &Judge<'_>, sequence: &[usize]) -> Verdict<Tal
 impl<'a> Player<'a> {
     fn new(stage: &'a Stage, judge: &'a Judge<'a>) -> Self {
         let geometry = Geometry::new(512, DISK, vec![0], DISK);
-        let mut oracle = Oracle::new((0..DISK).map(|cell| if cell < super::alphabet::SHORT { BASE } else { ZERO }).collect());
+        let mut oracle = Oracle::new((0..DISK).map(|cell| if cell < SHORT { BASE } else { ZERO }).collect());
         oracle.base = Some((stage.base(false), u64::MAX));
         let model = Rc::new(RefCell::new(Model { oracle, geometry }));
         let world = World::new(stage.setup(stage.image.clone(), false, false), Checker::new(Mode::Open, Some(model.clone())));
@@ -192,6 +192,8 @@ impl<'a> Player<'a> {
         self.bases[1] = true;
         self.world.set_base(self.stage.base(true));
         self.base_now();
+        // A block that was copied from the shorter base holds zeroes where the longer one has data.
+        self.model.borrow_mut().oracle.loose = true;
         self.ask(Request::ChangeBase { name: "long".into(), format: "raw".into() })?;
         self.bases[0] = false;
         self.watch()
@@ -248,7 +250,11 @@ impl<'a> Player<'a> {
 
     fn allowed(&self) -> Allowed {
         let model = self.model.borrow();
-        let mask = |index| model.oracle.survivors(index).fold(0u64, |mask, tag| mask | 1 << code(tag));
+        let mask = |index| {
+            let mask = model.oracle.survivors(index).fold(0u64, |mask, tag| mask | 1 << code(tag));
+            let copied = self.long && index as u64 >= SHORT && mask >> code(BASE) & 1 == 1;
+            mask | u64::from(copied) << code(ZERO)
+        };
         let mut cells: Vec<u64> = (0..model.oracle.len()).map(mask).collect();
         let after = self.guest.maybe_cells.unwrap_or(self.guest.cells);
         // What a growth under way adds.
