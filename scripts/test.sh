@@ -30,6 +30,7 @@ step() { # name, command...
 # The simulator and the fuzz bodies switch on planted faults: apart, so that all else is tested without.
 step rust cargo test --workspace --exclude xtask --exclude fvd-sim --exclude fvd-fuzz --locked -q
 step fuzz-replay cargo test -q --locked -p fvd-fuzz --test replay
+step sim-tests cargo test -q --locked --release -p fvd-sim
 step sim scripts/sim.sh --test
 step loom env RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR="$CARGO_TARGET_DIR/loom" cargo test -q --locked --release -p fvd-engine --lib --test loom_brackets
 step open-cost cargo test -q --locked --release -p fvd-fuzz --test open_cost
