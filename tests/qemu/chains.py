@@ -20,7 +20,7 @@ from common import KIB, MIB, NBD, Daemon, Failure, Suite, check, img, io, run_js
 
 suite = Suite("chains")
 rnd = suite.random
-FORMATS = ("fvd", "qcow2")
+FORMATS = tuple((os.environ.get("FORMATS") or "fvd qcow2").split())
 UNIT = 512
 serial = 0
 
@@ -214,12 +214,9 @@ for options in OPTIONS[:2]:
         img("rebase", "-f", fmt, "-b", "", top.path)
         check(backing(top.path, fmt) is None, "a base is still named")
         top.same("rebased to none")
-        for base in (longer, first, longer, shorter):
-            os.rename(base.path, base.path + ".away")   # no base: nothing of them is read
-        top.same("without any base there") if False else None
-        for base in (longer, first, shorter):
-            if os.path.exists(base.path + ".away"):
-                os.rename(base.path + ".away", base.path)
+        for base in (longer, shorter, first):
+            os.unlink(base.path)            # nothing of them may be needed
+        top.same("with the bases gone")
 
 
 @on_both("rebase -u: what the image does not hold shows the new base, by name only")
@@ -331,8 +328,7 @@ class Nodes:
             more = {"backing": "n%d" % (at - 1)} if at else {}
             if at < len(images) - 1:
                 more["read_only"] = True
-                more["auto_read_only"] = True if False else None
-            self.add("n%d" % at, image, **{k: v for k, v in more.items() if v is not None})
+            self.add("n%d" % at, image, **more)
 
     def export(self, node, iothread=True):
         self.qmp("block-export-add", id="e", type="nbd", node_name=node, name="e", writable=True,
@@ -363,7 +359,8 @@ def _(fmt):
         base, mid, top = three(fmt)
         with Nodes() as nodes:
             nodes.chain((base, mid, top))
-            link = nodes.export("n2")
+            # In an iothread QEMU 10.0 fails an assertion of bdrv_insert_node(), with qcow2 as with fvd.
+            link = nodes.export("n2", iothread=False)
             nbd_write(link, top, 5000, b"\x42" * 3000)
             nodes.qmp("block-stream", job_id="s", device="n2", auto_dismiss=False, **({"base_node": to} if to else {}))
             nbd_write(link, top, 100000, b"\x43" * 70000)
@@ -446,7 +443,6 @@ def snapshots(fmt, named, late):
             for offset in (at * 70000, at * 131072 + 100, 2 * MIB - 512):
                 nbd_write(link, over, offset, bytes([0x50 + at]) * min(3000, 2 * MIB - offset))
             check(link.read(0, 2 * MIB) == bytes(over.model), "the overlay reads otherwise once written (%s)", fmt)
-            below.same_offline = True
             below = over
         chain = [disk]
         node = below

@@ -705,6 +705,29 @@ fvd_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
         return st.place == FVD_PLACE_BASE ? 0 : BDRV_BLOCK_DATA;
     }
 
+    if (st.place != FVD_PLACE_DATA && bs->backing) {
+        /*
+         * The rest of the block in which the base ends is in no image: who
+         * changes the base must copy it, and qemu-img rebase wants it in one
+         * piece.  Only if the base has grown since must the zeroes be ours.
+         */
+        int64_t base_length = bdrv_co_getlength(bs->backing->bs);
+        int64_t end = offset + *pnum;
+
+        if (base_length >= 0 && base_length <= end) {
+            struct fvd_info info;
+
+            fvd_get_info(bs->opaque, &info);
+            if (info.block_size) {
+                *pnum = MIN(ROUND_UP(end, (int64_t)info.block_size) - offset,
+                            bytes);
+            }
+            if (base_length <= offset) {
+                return 0;
+            }
+        }
+    }
+
     switch (st.place) {
     case FVD_PLACE_BASE:
         return 0;
