@@ -42,7 +42,7 @@ def shown(path, fmt):
 
 
 def same(path, fmt, model, what):
-    """The image reads as `model`, is clean, and reads the same after being opened for writing."""
+    """The image reads as `model`, and a check finds nothing."""
     got = shown(path, fmt)
     check(len(got) == len(model), "%s (%s): %d bytes, not %d", what, fmt, len(got), len(model))
     if got != bytes(model):
