@@ -27,7 +27,7 @@ fn replay(target: &str) {
         for end in [bytes.len(), bytes.len() / 2] {
             let before = common::live();
             if std::panic::catch_unwind(|| body(&bytes[..end])).is_err() {
-                panic!("{} (first {end} bytes) fails; run it alone: FVD_FUZZ_INPUT={0} cargo test -p fvd-fuzz --test replay -- --ignored", path.display());
+                panic!("{} (first {end} bytes) fails; run it alone: cargo run -p fvd-fuzz --example input -- {0}", path.display());
             }
             // A thread's texts of errors are kept till the next one: those were counted before.
             let left = common::live() - before;
@@ -59,17 +59,6 @@ fn image_open() {
 #[test]
 fn capi_calls() {
     replay("capi_calls");
-}
-
-/// One input of one target: FVD_FUZZ_INPUT is its path; its folder's name is the target's.
-#[test]
-#[ignore = "for one input by hand"]
-fn one_input() {
-    let path = PathBuf::from(std::env::var_os("FVD_FUZZ_INPUT").expect("FVD_FUZZ_INPUT names an input"));
-    let bytes = std::fs::read(&path).unwrap();
-    let folder = path.parent().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-    let body = fvd_fuzz::TARGETS.iter().find(|t| t.0 == folder).unwrap_or_else(|| panic!("no target {folder}")).1;
-    body(&bytes);
 }
 
 #[test]
