@@ -11,6 +11,7 @@ pub mod clock;
 pub mod content;
 pub mod damage;
 pub mod disk;
+pub mod fault_loop;
 pub mod geometry;
 pub mod guest;
 pub mod memory;

@@ -10,7 +10,7 @@ use fvd_engine::faults::Fault;
 use fvd_sim::campaign::{Failure, Summary, run_caught, run_seeds};
 use fvd_sim::prng::mix;
 use fvd_sim::run::Totals;
-use fvd_sim::{seeds, shrink, workload};
+use fvd_sim::{fault_loop, seeds, shrink, workload};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -75,6 +75,18 @@ enum Command {
         /// Only this one.
         #[arg(long)]
         only: Option<String>,
+    },
+    /// Lets the N-th host operation fail, for N = 1, 2, … until nothing is left to fail.
+    FaultLoop {
+        /// Which cases.
+        #[command(flatten)]
+        choice: fault_loop::Choice,
+        /// Threads.
+        #[arg(long, default_value_t = 1)]
+        jobs: usize,
+        /// With this planted fault.
+        #[arg(long)]
+        fault: Option<String>,
     },
 }
 
@@ -217,6 +229,13 @@ fn main() -> ExitCode {
         Command::Run { seeds, jobs, seconds } => run_command(seeds, jobs, seconds.map(Duration::from_secs)),
         Command::Replay { seed, trace, fault, no_shrink } => match fault.as_deref().map(fault_named).transpose() {
             Ok(fault) => replay_command(seed, trace, fault, !no_shrink),
+            Err(text) => {
+                eprintln!("{text}");
+                false
+            }
+        },
+        Command::FaultLoop { choice, jobs, fault } => match fault.as_deref().map(fault_named).transpose() {
+            Ok(fault) => fault_loop::command(&choice, fault, jobs),
             Err(text) => {
                 eprintln!("{text}");
                 false
