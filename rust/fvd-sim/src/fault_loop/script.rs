@@ -173,7 +173,7 @@ impl Phase {
     }
 }
 
-fn plan(variant: &Variant, base: BaseIs) -> Rc<Plan> {
+fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
     let image = Limits {
         request_alignment: variant.align,
         memory_alignment: 512,
@@ -193,7 +193,7 @@ fn plan(variant: &Variant, base: BaseIs) -> Rc<Plan> {
         // The regions end where the data begins, so that new ones are in the way of growth.
         journal_size: 1664 << 10,
         holes: base == BaseIs::Known,
-        preallocate: false,
+        preallocate,
         limits: [image, Limits { request_alignment: variant.align, memory_alignment: 512, ..Limits::default() }],
         queues: 1,
         inline_percent: variant.inline_percent,
@@ -215,7 +215,7 @@ pub fn model(run: &Run, header: &Header) -> Model {
     let (covered, length) = (if header.pristine { u64::MAX } else { header.covered }, if unknown { u64::MAX } else { header.base_length });
     let tag = |index| match geometry.cell_at(index) * options.cell {
         at if at < covered.min(length) => BASE,
-        at if at >= covered && !options.limits[0].grows_zeroed => GARBAGE,
+        at if at >= covered && !options.limits[0].grows_zeroed && !options.preallocate => GARBAGE,
         _ => ZERO,
     };
     let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
@@ -286,7 +286,10 @@ impl Crash {
 fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
     let mut run = phase.run(fault, false);
     let model = run.model();
-    let world = World::new(run.setup(0, 1), Checker::new(Mode::Open, Some(model.clone())));
+    let mut setup = run.setup(0, 1);
+    // What has to be caught under way must be under way.
+    setup.inline_percent = 0;
+    let world = World::new(setup, Checker::new(Mode::Open, Some(model.clone())));
     until_done(&world, 0, submit(&world, Request::Open))?.expect("nothing cuts it").map_err(|error| error.to_string())?;
     run.opened(&world)?;
     let mut guest = Guest::new(world.clone(), model.clone(), run.cells, run.next_tag);
@@ -347,7 +350,7 @@ fn created(empty: &Phase, fault: Option<Fault>) -> Verdict<Start> {
 
 /// The phases on a host.
 pub fn phases(variant: &Variant, fault: Option<Fault>) -> Verdict<Vec<Phase>> {
-    let known = plan(variant, BaseIs::Known);
+    let known = plan(variant, BaseIs::Known, false);
     let phase = |name, plan: &Rc<Plan>, start: &Start, work, steps| Phase { name, plan: plan.clone(), start: start.clone(), work, steps };
     let bytes = Run::new(&known, fault, false).bytes;
     let none = Start { bytes, model: None, cells: CELLS, tag: FIRST_WRITE };
@@ -355,7 +358,9 @@ pub fn phases(variant: &Variant, fault: Option<Fault>) -> Verdict<Vec<Phase>> {
     let made = created(&create, fault)?;
     let writes = phase("write", &known, &made, Work::Session, WRITE);
     let closed = after(&writes, fault, Crash::No)?;
-    let mut out = vec![phase("create-again", &known, &closed, Work::Create, &[]), phase("layout", &known, &closed, Work::Session, LAYOUT)];
+    // Storage that does not grow keeps what it held beyond the base, unless it is written.
+    let full = plan(variant, BaseIs::Known, variant.fixed);
+    let mut out = vec![phase("create-again", &full, &closed, Work::Create, &[]), phase("layout", &known, &closed, Work::Session, LAYOUT)];
     let crashes = [("recover-journal", "look-journal", Crash::End), ("recover-pages", "look-pages", Crash::InPlace), ("recover-header", "look-header", Crash::Header)];
     for (recover, look, crash) in crashes {
         let start = after(&writes, fault, crash)?;
@@ -363,7 +368,7 @@ pub fn phases(variant: &Variant, fault: Option<Fault>) -> Verdict<Vec<Phase>> {
         out.push(phase(look, &known, &start, Work::Look, LOOK));
     }
     if !variant.fixed {
-        let surprise = plan(variant, BaseIs::Surprise);
+        let surprise = plan(variant, BaseIs::Surprise, false);
         let bare = phase("create-bare", &surprise, &none, Work::Create, &[]);
         let start = created(&bare, fault)?;
         out.push(phase("pristine", &surprise, &start, Work::Session, PRISTINE));
