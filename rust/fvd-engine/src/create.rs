@@ -6,7 +6,7 @@ use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf, STATUS_DATA};
 use crate::image::{State, faulty};
-use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil};
+use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil, result_of};
 use crate::layout::{REGION_ALIGNMENT, place_regions};
 use crate::request::{CreateParams, Preallocation};
 use crate::resize::check_base;
@@ -39,10 +39,10 @@ impl<H: Host> Queue<H> {
         let has_base = !params.base_name.is_empty();
         let mut base_length = if has_base { BASE_LENGTH_UNKNOWN } else { 0 };
         if has_base {
-            match self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await.0 {
-                length if length >= 0 => base_length = ceil(length as u64, SECTOR),
-                errno if errno == -i64::from(ENOMEDIUM) => {}
-                errno => return fail(Kind::Host(-errno as i32), format!("the base '{}' cannot be measured (errno {})", params.base_name, -errno)),
+            let (ret, op) = self.io(bare(OpKind::GetLength, FileId::Base, 0, 0)).await;
+            if ret != -i64::from(ENOMEDIUM) {
+                let length = result_of(&op, ret).map_err(|error| error.context(&format!("the base '{}'", params.base_name)))?;
+                base_length = ceil(length as u64, SECTOR);
             }
         }
         let virtual_size = match params.virtual_size {

@@ -45,6 +45,7 @@ struct Shim {
 #[derive(Debug)]
 struct Flight {
     id: RequestId,
+    step: Step,
     what: What,
     buf: Option<Buf>,
     shim: Option<Shim>,
@@ -70,6 +71,8 @@ pub struct Guest {
     pub has_base: bool,
     /// The storage does not grow.
     pub fixed: bool,
+    /// Steps that failed since this was last emptied, for whoever wants to judge or repeat them.
+    pub errors: Vec<(Step, fvd_engine::Error)>,
     alignment: [u32; 2],
 }
 
@@ -77,7 +80,7 @@ impl Guest {
     /// The guest of a session.
     pub fn new(world: Rc<World>, model: Rc<RefCell<Model>>, cells: u64, next_tag: Tag) -> Self {
         let alignment = world.image_alignment();
-        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, alignment }
+        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, errors: Vec::new(), alignment }
     }
 
     /// Requests under way.
@@ -198,7 +201,7 @@ impl Guest {
     fn flight(&mut self, step: &Step, what: What, buf: Option<Buf>, shim: Option<Shim>) -> RequestId {
         let id = self.next_id;
         self.next_id += 1;
-        self.flights.push(Flight { id, what, buf, shim, queue: usize::from(step.queue), since: self.world.now() });
+        self.flights.push(Flight { id, step: *step, what, buf, shim, queue: usize::from(step.queue), since: self.world.now() });
         id
     }
 
@@ -279,7 +282,8 @@ impl Guest {
         self.world.image().end(token);
         if ret < 0 || all {
             let flight = self.flights.swap_remove(at);
-            let error = || fvd_engine::Error { kind: Kind::Host(-ret as i32), text: "the guest's own I/O failed".into() };
+            let kind = if ret == -28 { Kind::NoSpace } else { Kind::Host(-ret as i32) };
+            let error = || fvd_engine::Error { kind, text: "the guest's own I/O failed".into() };
             self.finish(flight, if ret < 0 { Err(error()) } else { Ok(Reply::Done) });
         } else {
             self.continue_shim(id);
@@ -304,6 +308,7 @@ impl Guest {
     }
 
     fn failed(&mut self, flight: Flight, error: &fvd_engine::Error) {
+        self.errors.push((flight.step, error.clone()));
         if error.text.contains("internal error") {
             self.world.fail(format!("the engine panicked: {error}"));
         }

@@ -12,6 +12,7 @@ pub mod content;
 pub mod damage;
 pub mod disk;
 pub mod exhaustive;
+pub mod fault_loop;
 pub mod geometry;
 pub mod guest;
 pub mod memory;

@@ -11,7 +11,7 @@ use fvd_engine::faults::Fault;
 use fvd_sim::campaign::{Failure, Summary, run_caught, run_seeds};
 use fvd_sim::prng::mix;
 use fvd_sim::run::Totals;
-use fvd_sim::{seeds, shrink, workload};
+use fvd_sim::{fault_loop, seeds, shrink, workload};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -76,6 +76,18 @@ enum Command {
         /// Only this one.
         #[arg(long)]
         only: Option<String>,
+    },
+    /// Lets the N-th host operation fail, for N = 1, 2, … until nothing is left to fail.
+    FaultLoop {
+        /// Which cases.
+        #[command(flatten)]
+        choice: fault_loop::Choice,
+        /// Threads.
+        #[arg(long, default_value_t = 1)]
+        jobs: usize,
+        /// With this planted fault.
+        #[arg(long)]
+        fault: Option<String>,
     },
     /// Every sequence of a few operations, every crash point, every subset of what was not flushed.
     Exhaustive {
@@ -244,6 +256,7 @@ fn main() -> ExitCode {
         Command::Run { seeds, jobs, seconds } => run_command(seeds, jobs, seconds.map(Duration::from_secs)),
         Command::Replay { seed, trace, fault, no_shrink } => with_fault(fault, |fault| replay_command(seed, trace, fault, !no_shrink)),
         Command::Exhaustive { depth, jobs, fault, sequence } => with_fault(fault, |fault| small::command(depth, jobs, fault, sequence.as_deref())),
+        Command::FaultLoop { choice, jobs, fault } => with_fault(fault, |fault| fault_loop::command(&choice, fault, jobs)),
         Command::Determinism { seeds } => determinism_command(seeds),
         Command::Faults { ranges, seconds, start, jobs, only } => {
             faults::command(start.unwrap_or_else(fresh), ranges, Duration::from_secs(seconds), jobs, only.as_deref())

@@ -37,6 +37,7 @@ impl Cell {
 }
 
 /// The oracle.
+#[derive(Clone)]
 pub struct Oracle {
     cells: Vec<Cell>,
     clock: Moment,

@@ -85,23 +85,24 @@ pub fn run(plan: &Plan, fault: Option<Fault>, trace: bool) -> Report {
 }
 
 /// A broken promise ends the run.
-type Verdict<T> = Result<T, String>;
+pub(crate) type Verdict<T> = Result<T, String>;
 
-struct Run<'a> {
-    plan: &'a Plan,
-    options: &'a Options,
-    fault: Option<Fault>,
-    trace: bool,
-    report: Report,
-    bytes: Store,
-    model: Option<Rc<RefCell<Model>>>,
-    cells: u64,
-    maybe_cells: Option<u64>,
-    next_tag: Tag,
+/// One run, on its way.
+pub(crate) struct Run<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) options: &'a Options,
+    pub(crate) fault: Option<Fault>,
+    pub(crate) trace: bool,
+    pub(crate) report: Report,
+    pub(crate) bytes: Store,
+    pub(crate) model: Option<Rc<RefCell<Model>>>,
+    pub(crate) cells: u64,
+    pub(crate) maybe_cells: Option<u64>,
+    pub(crate) next_tag: Tag,
     /// The file as the last close but one left it.
-    older: Option<Store>,
+    pub(crate) older: Option<Store>,
     /// A power cut came since the last close.
-    unclean: bool,
+    pub(crate) unclean: bool,
 }
 
 /// How a session ended.
@@ -111,7 +112,7 @@ enum End {
 }
 
 impl<'a> Run<'a> {
-    fn new(plan: &'a Plan, fault: Option<Fault>, trace: bool) -> Self {
+    pub(crate) fn new(plan: &'a Plan, fault: Option<Fault>, trace: bool) -> Self {
         let options = &plan.options;
         let mut bytes = Store::default();
         if !options.limits[0].grows_zeroed {
@@ -141,7 +142,7 @@ impl<'a> Run<'a> {
         self.verify(self.plan.options.seed ^ 0xf1a1)
     }
 
-    fn base(&self, number: usize) -> Option<Base> {
+    pub(crate) fn base(&self, number: usize) -> Option<Base> {
         let options = self.options;
         let len = options.base_bytes[number.min(1)];
         let data = options.starts.iter().map(|s| (s.saturating_sub(4), s + options.window + 400)).collect();
@@ -155,7 +156,7 @@ impl<'a> Run<'a> {
         Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, commit_interval_ns: options.commit_interval_ns, ..Config::default() }
     }
 
-    fn setup(&self, seed: u64, number: usize) -> Setup {
+    pub(crate) fn setup(&self, seed: u64, number: usize) -> Setup {
         let options = self.options;
         Setup {
             queues: options.queues,
@@ -169,7 +170,7 @@ impl<'a> Run<'a> {
     }
 
     /// Takes over what a world counted; an error if a promise was broken in it.
-    fn leave(&mut self, world: &Rc<World>) -> Verdict<()> {
+    pub(crate) fn leave(&mut self, world: &Rc<World>) -> Verdict<()> {
         world.end();
         let counters = world.counters();
         self.report.totals.host_ops += counters.ops;
@@ -181,7 +182,7 @@ impl<'a> Run<'a> {
     }
 
     /// Takes the power away; what is left is the next session's file.
-    fn power_cut(&mut self, world: &Rc<World>, cut: &Cut) -> Verdict<()> {
+    pub(crate) fn power_cut(&mut self, world: &Rc<World>, cut: &Cut) -> Verdict<()> {
         self.bytes = world.cut(&cut.keep);
         self.report.totals.cuts += 1;
         self.unclean = true;
@@ -191,7 +192,7 @@ impl<'a> Run<'a> {
         self.leave(world)
     }
 
-    fn params(&self) -> CreateParams {
+    pub(crate) fn params(&self) -> CreateParams {
         let options = self.options;
         let named = matches!(options.base, BaseIs::Known | BaseIs::Named);
         CreateParams {
@@ -243,7 +244,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn try_header(&mut self, seed: u64) -> Verdict<Result<Header, Error>> {
+    pub(crate) fn try_header(&mut self, seed: u64) -> Verdict<Result<Header, Error>> {
         let mut setup = self.setup(seed, 0);
         setup.config.read_only = true;
         let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
@@ -257,7 +258,7 @@ impl<'a> Run<'a> {
         self.try_header(0)?.map_err(|error| format!("an image just made does not open: {error}"))
     }
 
-    fn make_model(&self, header: &Header) -> Model {
+    pub(crate) fn make_model(&self, header: &Header) -> Model {
         let options = self.options;
         let geometry = Geometry::new(options.cell, options.cells, options.starts.clone(), options.window);
         let beyond = if options.limits[0].grows_zeroed || options.preallocate { ZERO } else { GARBAGE };
@@ -272,7 +273,7 @@ impl<'a> Run<'a> {
         Model { oracle, geometry }
     }
 
-    fn model(&self) -> Rc<RefCell<Model>> {
+    pub(crate) fn model(&self) -> Rc<RefCell<Model>> {
         self.model.clone().expect("made by the creation")
     }
 
@@ -315,7 +316,7 @@ impl<'a> Run<'a> {
     }
 
     /// The image is open: its size is the one it had, or the one that a growth may have left.
-    fn opened(&mut self, world: &Rc<World>) -> Verdict<()> {
+    pub(crate) fn opened(&mut self, world: &Rc<World>) -> Verdict<()> {
         let info = world.image().info().map_err(|error| error.to_string())?;
         if !info.was_clean {
             self.report.totals.recoveries += 1;
@@ -356,7 +357,7 @@ impl<'a> Run<'a> {
     }
 
     /// Reads every cell in use; each then holds what was read. `None` after a cut.
-    fn read_all(&mut self, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<Option<()>> {
+    pub(crate) fn read_all(&mut self, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<Option<()>> {
         let model = self.model();
         let (windows, cell) = (model.borrow().geometry.windows.clone(), self.options.cell);
         for window in windows {
@@ -383,7 +384,7 @@ impl<'a> Run<'a> {
     }
 
     /// A read-only open: shows what the oracle allows, and changes nothing.
-    fn look(&mut self, seed: u64) -> Verdict<()> {
+    pub(crate) fn look(&mut self, seed: u64) -> Verdict<()> {
         let mut setup = self.setup(seed, 1);
         setup.config.read_only = true;
         let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
@@ -409,7 +410,7 @@ impl<'a> Run<'a> {
     }
 
     /// Opens, compares, checks, closes: nothing is made to fail.
-    fn verify(&mut self, seed: u64) -> Verdict<()> {
+    pub(crate) fn verify(&mut self, seed: u64) -> Verdict<()> {
         let world = World::new(self.setup(seed, 1), Checker::new(Mode::Open, self.model.clone()));
         let opened = world.request(0, Request::Open).ok_or("an open hangs")?;
         opened.map_err(|error| format!("the image does not open: {error}"))?;
@@ -485,7 +486,7 @@ fn reached(world: &World, cut: Option<&Cut>) -> bool {
 }
 
 /// Runs until request `id` ends; `None` if the power goes first.
-fn until_done(world: &Rc<World>, id: RequestId, cut: Option<&Cut>) -> Verdict<Option<Result<Reply, Error>>> {
+pub(crate) fn until_done(world: &Rc<World>, id: RequestId, cut: Option<&Cut>) -> Verdict<Option<Result<Reply, Error>>> {
     for _ in 0..STEPS_MAX {
         if let Some((ended, outcome)) = world.take_done() {
             if ended != id {

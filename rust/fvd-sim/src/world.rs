@@ -31,6 +31,28 @@ pub type Outcome = Result<Reply, Error>;
 const EIO: i64 = -5;
 const ENOMEDIUM: i64 = -123;
 
+/// Which operations a planned failure reaches; others go on as if nothing were wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reach {
+    /// All of them.
+    #[default]
+    All,
+    /// Those that need space: a full disk still reads, syncs and gives back.
+    Space,
+    /// Those on the base.
+    Base,
+}
+
+impl Reach {
+    fn holds<B>(self, op: &HostOp<B>) -> bool {
+        match self {
+            Self::All => true,
+            Self::Space => matches!(op.kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Truncate),
+            Self::Base => op.file == FileId::Base,
+        }
+    }
+}
+
 /// Which operations fail.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Failures {
@@ -38,6 +60,8 @@ pub struct Failures {
     pub at: Option<u64>,
     /// And every later one.
     pub forever: bool,
+    /// Of these.
+    pub reach: Reach,
     /// With this negative errno; 0: EIO.
     pub errno: i64,
     /// Any operation on the image file, in one of so many cases; 0: none.
@@ -110,6 +134,22 @@ struct Pending {
     mark: u64,
 }
 
+/// Kinds of operations, for [`Counters::failed`].
+pub const FAILED_KINDS: [&str; 8] = ["read", "write", "flush", "zero", "discard", "truncate", "length", "status"];
+
+fn failed_kind(kind: OpKind) -> usize {
+    match kind {
+        OpKind::Read => 0,
+        OpKind::Write { .. } => 1,
+        OpKind::Flush => 2,
+        OpKind::WriteZeroes { .. } => 3,
+        OpKind::Discard => 4,
+        OpKind::Truncate => 5,
+        OpKind::GetLength => 6,
+        OpKind::BaseStatus => 7,
+    }
+}
+
 /// Numbers of what happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
@@ -119,6 +159,8 @@ pub struct Counters {
     pub injected: u64,
     /// Flushes among them.
     pub flushes_failed: u64,
+    /// Operations made to fail, by [`FAILED_KINDS`].
+    pub failed: [u64; FAILED_KINDS.len()],
     /// Writes, zeroings, discards, truncations that the engine asked for.
     pub changes: u64,
 }
@@ -300,6 +342,11 @@ impl World {
         let mut inner = self.inner.borrow_mut();
         inner.note(3, [u64::from(attached), 0, 0, 0], || format!("base attached: {attached}"));
         inner.attached = attached;
+    }
+
+    /// Nothing fails any more.
+    pub fn cure(&self) {
+        self.inner.borrow_mut().setup.failures = Failures::default();
     }
 
     /// Moves the clock: timers fire at the next steps.
@@ -550,7 +597,7 @@ impl Inner {
     fn draw_failure(&mut self, op: &HostOp<Buf>) -> Option<i64> {
         let failures = &self.setup.failures;
         let number = self.counters.ops;
-        let planned = failures.at.is_some_and(|at| number == at || (failures.forever && number > at));
+        let planned = failures.at.is_some_and(|at| number == at || (failures.forever && number > at)) && failures.reach.holds(op);
         let one_in = match op.kind {
             _ if op.file == FileId::Base => failures.base_one_in,
             OpKind::Flush if failures.flush_one_in != 0 => failures.flush_one_in,
@@ -566,6 +613,7 @@ impl Inner {
     /// An operation fails: what it was to change may have happened in part.
     fn fail_op(&mut self, op: &HostOp<Buf>, mark: u64, errno: i64) -> i64 {
         self.counters.injected += 1;
+        self.counters.failed[failed_kind(op.kind)] += 1;
         if op.kind == OpKind::Flush {
             self.counters.flushes_failed += 1;
             self.disk.flush_failed(mark, &mut self.prng);

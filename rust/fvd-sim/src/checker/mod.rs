@@ -21,6 +21,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 /// What the guest knows of its disk.
+#[derive(Clone)]
 pub struct Model {
     /// What each cell may hold.
     pub oracle: Oracle,
