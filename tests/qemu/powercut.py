@@ -8,7 +8,8 @@ happens to the file. Then writelog.py makes the file as a power cut would have l
 every flush and at random points; what was not flushed is there, lost, or torn at 512 bytes, as
 drawn from the seed. For each such file: a read-only open reads what rule C4 of
 docs/crash-consistency.md allows for each sector and changes no byte; `qemu-img check` finds
-nothing; a writable open recovers, takes a write, and all reads stay the same.
+nothing (but a header copy, if this cut tore it); a writable open recovers, takes a write, all
+reads stay the same, and `qemu-img check` finds nothing.
 
 Each session starts where the power was cut in the one before, so the recovery is recorded and
 cut, too. Canaries: files that lack a flushed write, and wrong expectations, must be found out.
@@ -36,6 +37,7 @@ from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, S
 CUTS = int(os.environ.get("CUTS", "240"))
 DISK = 8 * MIB
 SECTORS = DISK // SECTOR
+HEADERS = {4096: 1, 131072: 2}      # where the header copies are (FMT-6)
 LIFE = 1 << 62              # a place in the log that is never reached
 
 
@@ -148,7 +150,20 @@ def numbers_of(data):
     return [read_stamp(data[s * SECTOR:(s + 1) * SECTOR], s) for s in range(SECTORS)]
 
 
-def judge(folder, image, history, cut, rng, full=True):
+def check_read_only(path, torn_headers):
+    """Nothing is found, but that a header copy is torn if this cut tore it: a reader cannot mend it."""
+    if not torn_headers:
+        check_clean(path)
+        return False
+    out = img("check", "-f", "fvd", path, status=(0, 2))
+    errors = [line for line in out.splitlines() if line.startswith("ERROR")]
+    known = ["ERROR header: copy %d: checksum mismatch" % copy for copy in torn_headers]
+    check(all(any(e.startswith(k) for k in known) for e in errors) and ("No errors" in out or errors),
+          "qemu-img check of a file with torn header copies %s says: %s", sorted(torn_headers), out)
+    return bool(errors)
+
+
+def judge(folder, image, history, cut, rng, full=True, torn_headers=()):
     """All checks of one file, or only its reads; gives back what its sectors hold."""
     path, out = os.path.join(folder, "cut.fvd"), os.path.join(folder, "cut.raw")
 
@@ -161,7 +176,7 @@ def judge(folder, image, history, cut, rng, full=True):
         f.write(image)
     first = contents()
     if full:
-        check_clean(path)
+        judge.headers_seen += check_read_only(path, torn_headers)
     with open(path, "rb") as f:
         check(f.read() == image, "a read-only open changed the file")
     found = numbers_of(first)
@@ -180,6 +195,9 @@ def judge(folder, image, history, cut, rng, full=True):
     check(contents() == wanted, "reads differ after the writable open")
     check_clean(path)
     return found
+
+
+judge.headers_seen = 0      # how often a torn header copy was reported before the recovery
 
 
 def fates(rng, data_offset):
@@ -211,11 +229,11 @@ def fates(rng, data_offset):
 
 class Setup:
     def __init__(self, name, options, base=0, cache="writeback", aio="threads", log_sector=512, operations=90,
-                 flush_every=9, iothread=True, unmap=True):
+                 flush_every=9, iothread=True, unmap=True, commits=False):
         self.name, self.options, self.base = name, options, base
         self.cache, self.aio, self.log_sector = cache, aio, log_sector
         self.operations, self.flush_every = operations, flush_every
-        self.iothread, self.unmap = iothread, unmap
+        self.iothread, self.unmap, self.commits = iothread, unmap, commits
 
 
 class Run:
@@ -227,6 +245,7 @@ class Run:
         os.mkdir(self.folder)
         self.image = os.path.join(self.folder, "disk.fvd")
         self.number = 1
+        self.fresh = self.rnd.sample(range(SECTORS // 8), SECTORS // 8)
         content = [0] * SECTORS
         words = []
         if setup.base:
@@ -242,7 +261,7 @@ class Run:
             content = content[:SECTORS]
             words = ["-b", base, "-F", "raw"]
         img("create", "-q", "-f", "fvd", *words, "-o", setup.options, self.image, str(DISK))
-        self.content = content
+        self.content, self.torn_headers = content, set()
         self.places()
 
     def places(self):
@@ -310,6 +329,9 @@ class Run:
 
     def pick(self):
         rnd = self.rnd
+        if self.setup.commits and self.fresh and rnd.randrange(2):
+            # A block never written, so that the next flush has a bit to commit.
+            return self.fresh.pop() * 8 + rnd.randrange(4), rnd.choice([1, 4])
         count = rnd.choice([1, 1, 3, 8, 8, 8, 16, 40, 128])
         # A few busy places: overwrites and neighbours in one block, not only first writes.
         first = rnd.choice([rnd.randrange(SECTORS), rnd.randrange(4) * SECTORS // 4 + rnd.randrange(200)])
@@ -360,12 +382,12 @@ class Run:
             else:
                 link.request(NBD.WRITE, first * SECTOR, data=stamps(first, count, self.number),
                              flags=NBD.FUA if fua else 0, on_done=on_done)
-            if rnd.randrange(setup.flush_every) == 0:
+            if rnd.randrange(setup.flush_every) == 0 or setup.commits and done % 2:
                 slots.acquire()
                 flush = history.flush_begin()
                 pending = link.request(NBD.FLUSH, on_done=lambda p, f=flush: answered(
                     p, "flush", lambda: history.flush_end(f)))
-                if rnd.randrange(2):
+                if rnd.randrange(2) or setup.commits:
                     pending.wait()
         for _ in range(depth):
             slots.acquire()
@@ -399,7 +421,7 @@ class Run:
 class Counts:
     def __init__(self):
         self.cuts = self.flush_cuts = self.read_only = self.entries = self.flushes = self.guest_flushes = 0
-        self.open = self.lost = self.torn = self.headers = self.whole_sessions = self.sessions = 0
+        self.open = self.lost = self.torn = self.reused = self.whole_sessions = self.sessions = 0
         self.fates = {}
 
 
@@ -411,12 +433,13 @@ def cut_session(runner, wanted, counts, canaries):
     counts.entries += len(entries)
     counts.flushes += sum(e.flush for e in entries)
     counts.guest_flushes += sum(1 for f in history.flushes if f[1] is not None)
-    counts.headers += sum(1 for e in entries if e.changes and e.offset == 4096)
+    units = [e.offset for e in entries if e.changes and e.offset in runner.journal]
+    counts.reused += len(units) - len(set(units))
     check(counts.guest_flushes > 0 and len(entries) > setup.operations, "the session was idle")
     points = runner.points(wanted)
     counts.whole_sessions += runner.every_flush
     follow = rnd.choice([p for p, full in points if full])
-    follow_image = follow_found = None
+    follow_image = follow_found = follow_torn = None
     replay = writelog.Replay(runner.start, entries)
     for number, (cut, full) in enumerate(points):
         replay.to(cut)
@@ -430,6 +453,14 @@ def cut_session(runner, wanted, counts, canaries):
             return what
 
         image = bytes(replay.image(noted))
+        torn_headers = set(runner.torn_headers)
+        changed = [(e, None) for e in entries[:replay.flushed]] + drawn
+        for entry, what in changed:
+            copy = HEADERS.get(entry.offset) if entry.changes else None
+            if copy and (what is None or all(what)):
+                torn_headers.discard(copy)
+            elif copy and any(what):
+                torn_headers.add(copy)
         for entry, what in drawn:
             counts.open += 1
             if what is not None and not all(what):
@@ -443,11 +474,11 @@ def cut_session(runner, wanted, counts, canaries):
         counts.flush_cuts += cut > 0 and entries[cut - 1].flush
         counts.read_only += not full
         try:
-            found = judge(runner.folder, image, history, cut, rng, full)
+            found = judge(runner.folder, image, history, cut, rng, full, torn_headers)
         except (Failure, writelog.LogError) as error:
             case = os.path.join(runner.folder, "failed")
             with open(case, "wb") as f:
-                pickle.dump({"image": image, "history": history, "cut": cut}, f)
+                pickle.dump({"image": image, "history": history, "cut": cut, "torn": torn_headers}, f)
             os.environ["KEEP"] = "1"
             raise Failure("%s\n%s, session %d, cut after %d of %d entries (%s), unflushed: %s\n"
                           "the file is kept: python3 tests/qemu/powercut.py --again %s"
@@ -455,7 +486,7 @@ def cut_session(runner, wanted, counts, canaries):
                              ["%s%s" % (e, "" if w is None else " kept %d of %d" % (sum(w), len(w)))
                               for e, w in drawn][:20], runner.folder))
         if full and cut == follow and follow_image is None:
-            follow_image, follow_found = image, found
+            follow_image, follow_found, follow_torn = image, found, torn_headers
     if canaries is not None:
         try_canaries(runner, canaries)
     if VERBOSE:
@@ -463,7 +494,7 @@ def cut_session(runner, wanted, counts, canaries):
     # The next session finds the file as the power cut left it.
     with open(runner.image, "wb") as f:
         f.write(follow_image)
-    runner.content = follow_found
+    runner.content, runner.torn_headers = follow_found, follow_torn
 
 
 def must_fail(runner, name, image, cut, text, canaries):
@@ -520,7 +551,7 @@ def again(folder):
     with open(os.path.join(folder, "failed"), "rb") as f:
         case = pickle.load(f)
     try:
-        judge(folder, case["image"], case["history"], case["cut"], random.Random(0))
+        judge(folder, case["image"], case["history"], case["cut"], random.Random(0), True, case.get("torn") or ())
     except Failure as error:
         print("not ok - %s" % error)
         sys.exit(1)
@@ -542,7 +573,7 @@ def main():
         Setup("log4k", "block_size=16k,journal_size=1M", DISK, log_sector=4096),
         Setup("nobase", "journal_size=1M", 0, unmap=False),
         # More commits than the journal has units: checkpoints, and the journal starts over.
-        Setup("many-flushes", small, DISK, *none, operations=900, flush_every=2),
+        Setup("many-flushes", small, DISK, *none, operations=800, commits=True),
     ]
     rounds = 2
     each = -(-CUTS // (rounds * len(setups)))
@@ -550,13 +581,12 @@ def main():
     for setup in setups:
         with suite.test("cuts of %s, %s/%s" % (setup.name, setup.cache, setup.aio)):
             runner = Run(suite, setup)
-            before = counts.headers
+            before = counts.reused
             for turn in range(rounds):
                 cut_session(runner, each, counts, noticed if turn == 0 else None)
-            if setup.flush_every == 2:
-                # Each session clears the clean mark and sets it; what is beyond that are checkpoints.
-                check(counts.headers - before > 3 * rounds, "no checkpoint was seen (%d header writes)",
-                      counts.headers - before)
+            if setup.commits:
+                # Units are used again only after a checkpoint (CC-23).
+                check(counts.reused > before, "the journal did not start over: no checkpoint was cut")
     print("# %d cut points judged in full, %d more read; %d of both right after a flush of the file; %d sessions, "
           "%d of them cut at every flush" % (counts.cuts, counts.read_only, counts.flush_cuts, counts.sessions,
                                              counts.whole_sessions))
@@ -564,6 +594,8 @@ def main():
         counts.entries, counts.flushes, counts.guest_flushes))
     print("# unflushed operations at the cuts: %d, lost %d, torn %d; %s" % (
         counts.open, counts.lost, counts.torn, ", ".join("%s %d" % f for f in sorted(counts.fates.items()))))
+    print("# journal units written again after a checkpoint: %d" % counts.reused)
+    print("# torn header copies reported before the recovery: %d" % judge.headers_seen)
     with suite.test("%d canaries are noticed" % len(noticed)):
         check(suite.failed or len(noticed) >= 3 * len(setups) - 1, "only %s", noticed)
     with suite.test("the cuts were many, and cut something"):
