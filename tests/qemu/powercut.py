@@ -200,7 +200,10 @@ def judge(folder, image, history, cut, rng, full=True, torn_headers=()):
 judge.headers_seen = 0      # how often a torn header copy was reported before the recovery
 
 
-def fates(rng, data_offset):
+TORN = 3                    # its place among the fates
+
+
+def fates(rng, data_offset, tear=False):
     """Draws what becomes of the writes that were not flushed; a name and a function for Replay.image()."""
     torn_like = rng.random()
 
@@ -216,7 +219,7 @@ def fates(rng, data_offset):
     def whole(_):
         return None
 
-    chosen = rng.randrange(6)
+    chosen = TORN if tear and rng.randrange(2) else rng.randrange(6)
     return [
         ("lost", lambda n, e: none(e)),
         ("kept", lambda n, e: None),
@@ -404,6 +407,8 @@ class Run:
         rare = [n for n, e in enumerate(entries)
                 if e.changes and e.offset < self.data_offset and e.offset not in self.journal]
         full += [min(total, rnd.choice(rare) + 1 + rnd.randrange(2)) for _ in range(wanted // 6) if rare]
+        headers = [n for n, e in enumerate(entries) if e.changes and e.offset in HEADERS]
+        full += [rnd.choice(headers) + 1 for _ in range(2) if headers]
         guest = [p for p in self.history.flush_places if p <= total]
         full += rnd.sample(guest, min(len(guest), wanted // 6))
         # Right before a flush most is open; the more, the likelier.
@@ -444,7 +449,7 @@ def cut_session(runner, wanted, counts, canaries):
     for number, (cut, full) in enumerate(points):
         replay.to(cut)
         rng = random.Random("%d %s %d %d" % (runner.suite.seed, setup.name, counts.sessions, number))
-        fate_name, fate = fates(rng, runner.data_offset)
+        fate_name, fate = fates(rng, runner.data_offset, cut > 0 and entries[cut - 1].offset in HEADERS)
         drawn = []
 
         def noted(n, entry, fate=fate, drawn=drawn):
@@ -540,6 +545,9 @@ def try_canaries(runner, canaries):
                       "never written", canaries)
     finally:
         history.content[SECTORS - 1] -= 5
+    rotten = without(lambda e: None)
+    rotten[4096 + 100] ^= 1
+    must_fail(runner, "a header copy that no cut tore", rotten, total, "header: copy 1: checksum", canaries)
     if runner.setup.base:
         # A new block whose bit is lost shows the base.
         must_fail(runner, "metadata lost", without(
@@ -597,7 +605,7 @@ def main():
     print("# journal units written again after a checkpoint: %d" % counts.reused)
     print("# torn header copies reported before the recovery: %d" % judge.headers_seen)
     with suite.test("%d canaries are noticed" % len(noticed)):
-        check(suite.failed or len(noticed) >= 3 * len(setups) - 1, "only %s", noticed)
+        check(suite.failed or len(noticed) >= 4 * len(setups) - 1, "only %s", noticed)
     with suite.test("the cuts were many, and cut something"):
         check(counts.cuts >= CUTS, "only %d cuts", counts.cuts)
         check(counts.open > CUTS and counts.lost > CUTS // 10 and counts.torn > CUTS // 10,
