@@ -7,6 +7,7 @@
 #   make test              build all, run every test
 #   make build             libfvd, the fvd tool, the patched QEMU: build/bin, build/lib
 #   make sim HOURS=n       the simulator with fresh seeds on all cores, for n hours
+#   make torture MINUTES=n SIGKILL and power cuts with fresh seeds, for n minutes
 #   make bench             the figures beside raw and qcow2
 #   make install           libfvd, header, fvd tool to PREFIX (default /usr/local)
 #   make install-qemu      the patched QEMU to PREFIX (default /opt/qemu-fvd)
@@ -16,9 +17,10 @@
 
 SHELL := /bin/bash
 HOURS ?= 1
+MINUTES ?= 10
 export INTERACTIVE JOBS PREFIX DESTDIR V
 
-.PHONY: all build packages lib qemu sim-build sim run test bench install install-qemu clean
+.PHONY: all build packages lib qemu sim-build sim run test torture bench install install-qemu clean
 all: build
 
 packages:
@@ -43,6 +45,9 @@ run: build
 
 test: build
 	@scripts/test.sh
+
+torture: build
+	@scripts/torture.sh $(MINUTES)
 
 bench: build
 	@scripts/bench.sh

@@ -4,7 +4,7 @@
 Python's standard library only.
 
 Environment: BIN_DIR (programs under test, default build/bin), TMPDIR, KEEP=1 (keep the
-scratch folder), SEED (repeat a random run), VERBOSE=1 (every command).
+scratch folder; KEEP=failed: if a test fails), SEED (repeat a random run), VERBOSE=1 (every command).
 """
 
 import json
@@ -60,7 +60,7 @@ class Suite:
         return os.path.join(self.dir, name)
 
     def finish(self):
-        if os.environ.get("KEEP") == "1":
+        if os.environ.get("KEEP") == "1" or self.failed and os.environ.get("KEEP") == "failed":
             print("# kept: %s" % self.dir)
         else:
             shutil.rmtree(self.dir, ignore_errors=True)

@@ -8,7 +8,7 @@ not), nothing else. First the image is opened read-only, which must not change o
 the file; then writable; both must show the same. `qemu-img check` is clean before and after.
 
 Half of the cycles kill qemu-io, half a qemu-storage-daemon with two NBD connections and
-many requests in flight. Environment: see common.py; CYCLES (40).
+many requests in flight. Environment: see common.py; CYCLES (60).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_clean, direct_io, img,
                     io, program, quote, read_stamp, stamps)
 
-CYCLES = int(os.environ.get("CYCLES", "40"))
+CYCLES = int(os.environ.get("CYCLES", "60"))
 suite = Suite("kill9")
 rnd = suite.random
 DISK = 24 * MIB
