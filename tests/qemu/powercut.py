@@ -31,7 +31,7 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import writelog
-from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_clean, direct_io, img,
+from common import (MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_clean, direct_io, img,
                     io, read_stamp, run, stamp, stamps)
 
 CUTS = int(os.environ.get("CUTS", "240"))
@@ -280,7 +280,7 @@ class Run:
 
     def session(self):
         """Writes under the log. Sets start, entries, history."""
-        setup, rnd = self.setup, self.rnd
+        setup = self.setup
         with open(self.image, "rb") as f:
             self.start = f.read()
         log_path = os.path.join(self.folder, "log")
@@ -414,7 +414,8 @@ class Run:
         # Right before a flush most is open; the more, the likelier.
         opens = [b - a - 1 for a, b in zip([0] + after, after)]
         while len(full) < wanted:
-            full.append(rnd.choices(after, [n + 1 for n in opens])[0] - 1 if rnd.randrange(3) else rnd.randrange(total + 1))
+            before_flush = rnd.choices(after, [n + 1 for n in opens])[0] - 1
+            full.append(before_flush if rnd.randrange(3) else rnd.randrange(total + 1))
         full.append(total)
         quick = sorted(set(after) - set(full))
         self.every_flush = len(quick) <= 80
