@@ -31,8 +31,8 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import writelog
-from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_clean, direct_io, img,
-                    io, read_stamp, run, stamp, stamps)
+from common import (MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Skip, Suite, check, check_clean, direct_io,
+                    img, io, read_stamp, run, stamp, stamps)
 
 CUTS = int(os.environ.get("CUTS", "240"))
 DISK = 8 * MIB
@@ -280,7 +280,7 @@ class Run:
 
     def session(self):
         """Writes under the log. Sets start, entries, history."""
-        setup, rnd = self.setup, self.rnd
+        setup = self.setup
         with open(self.image, "rb") as f:
             self.start = f.read()
         log_path = os.path.join(self.folder, "log")
@@ -414,7 +414,8 @@ class Run:
         # Right before a flush most is open; the more, the likelier.
         opens = [b - a - 1 for a, b in zip([0] + after, after)]
         while len(full) < wanted:
-            full.append(rnd.choices(after, [n + 1 for n in opens])[0] - 1 if rnd.randrange(3) else rnd.randrange(total + 1))
+            before_flush = rnd.choices(after, [n + 1 for n in opens])[0] - 1
+            full.append(before_flush if rnd.randrange(3) else rnd.randrange(total + 1))
         full.append(total)
         quick = sorted(set(after) - set(full))
         self.every_flush = len(quick) <= 80
@@ -553,6 +554,35 @@ def try_canaries(runner, canaries):
         must_fail(runner, "metadata lost", without(
             lambda e: [False] * e.pieces() if e.changes and e.offset < runner.data_offset else None),
             total, "sectors are wrong", canaries)
+        no_data_sync(runner, canaries)
+
+
+def no_data_sync(runner, canaries):
+    """The log as an engine would write it that forgets CC-3, the sync between data and its record.
+
+    Not in each image is there a place where it shows (a base's hole, too, reads as zero): main() counts.
+    """
+    entries = runner.entries
+    flushes = [n for n, e in enumerate(entries) if e.flush]
+    tried = 0
+    for before, sync, after in zip(flushes, flushes[1:], flushes[2:]):
+        data = [e for e in entries[before:sync] if e.changes and e.offset >= runner.data_offset]
+        records = [e for e in entries[sync:after] if e.changes and e.offset in runner.journal]
+        if not data or not records:
+            continue
+        tried += 1
+        image = bytearray(runner.start)
+        for number, entry in enumerate(entries[:after]):
+            lost = before < number < sync and entry.offset >= runner.data_offset
+            writelog.apply(image, entry, [False] * entry.pieces() if lost else None)
+        try:
+            judge(runner.folder, bytes(image), runner.history, after, random.Random(0), False)
+        except Failure as error:
+            check("sectors are wrong" in str(error), "canary 'no data sync' was noticed by the wrong check: %s", error)
+            canaries.append("no data sync")
+            return
+        if tried == 10:
+            break
 
 
 def again(folder):
@@ -604,8 +634,16 @@ def main():
         counts.open, counts.lost, counts.torn, ", ".join("%s %d" % f for f in sorted(counts.fates.items()))))
     print("# journal units written again after a checkpoint: %d" % counts.reused)
     print("# torn header copies reported before the recovery: %d" % judge.headers_seen)
-    with suite.test("%d canaries are noticed" % len(noticed)):
-        check(suite.failed or len(noticed) >= 4 * len(setups) - 1, "only %s", noticed)
+    with suite.test("canaries are noticed (%d)" % len(noticed)):
+        if suite.failed:
+            raise Skip("a session failed before its canaries")
+        based = sum(1 for s in setups if s.base)
+        for name, least in [("one flushed sector lost", len(setups)), ("judged by a later flush", len(setups)),
+                            ("wrong expectation of a sector never written", 1),
+                            ("a header copy that no cut tore", len(setups)), ("metadata lost", based),
+                            ("no data sync", based // 2)]:
+            check(noticed.count(name) >= least, "'%s' was noticed %d times, not %d", name,
+                  noticed.count(name), least)
     with suite.test("the cuts were many, and cut something"):
         check(counts.cuts >= CUTS, "only %d cuts", counts.cuts)
         check(counts.open > CUTS and counts.lost > CUTS // 10 and counts.torn > CUTS // 10,
