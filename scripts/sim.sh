@@ -5,7 +5,8 @@
 #
 #   scripts/sim.sh               only builds
 #   scripts/sim.sh --test        what `make test` runs: regression seeds, two minutes of fresh ones,
-#                                1,000 seeds twice, every sequence of two operations, each planted fault once
+#                                1,000 seeds twice, every operation made to fail, every sequence of two
+#                                operations, each planted fault once
 #   scripts/sim.sh --hours N     fresh seeds on all cores for N hours (`make sim HOURS=N`)
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,6 +31,7 @@ case ${1:-} in
     --hours) exec "$sim" run --jobs "$jobs" --seconds "$(awk -v h="$2" 'BEGIN { printf "%d", h * 3600 }')" ;;
     --test)
         run seeds "$sim" run --jobs "$jobs" --seconds 120
+        run fault-loop "$sim" fault-loop --jobs "$jobs"
         run determinism "$sim" determinism --seeds 0..1000
         run exhaustive "$sim" exhaustive --depth 2 --jobs "$jobs"
         run faults "$sim" faults --ranges 1 --seconds 60 --jobs "$jobs"

@@ -86,7 +86,8 @@ impl Judge<'_> {
     }
 
     fn world(&self, mode: checker::Mode, number: usize) -> Rc<World> {
-        let mut setup = self.run.setup(self.seed(), number);
+        // One seed for all N: up to the failure every run is the same.
+        let mut setup = self.run.setup(mix(self.case.mode as u64), number);
         setup.failures = self.failures();
         setup.config.read_only = mode == checker::Mode::ReadOnly;
         setup.attached = mode != checker::Mode::Create || self.run.options.base == BaseIs::Known;

@@ -4,7 +4,7 @@
 //! with the failure is run for each N.
 
 use crate::checker::{Checker, Mode, Model};
-use crate::clock::{Latency, SECOND};
+use crate::clock::{Latency, SECOND, US};
 use crate::content::{BASE, FIRST_WRITE, GARBAGE, Tag, ZERO};
 use crate::disk::{Keep, Tear};
 use crate::geometry::Geometry;
@@ -35,18 +35,21 @@ pub struct Variant {
     fixed: bool,
     /// In how many of 100 cases an operation ends before `submit` returns.
     inline_percent: u64,
+    /// How long operations take, at most: nanoseconds. With a time of their own they overlap.
+    spread: u64,
 }
 
 /// The hosts.
-pub const VARIANTS: [Variant; 4] = [
-    Variant { name: "512-growing", align: 512, granule: 4096, fixed: false, inline_percent: 0 },
-    Variant { name: "4096-growing", align: 4096, granule: 65536, fixed: false, inline_percent: 0 },
-    Variant { name: "512-fixed", align: 512, granule: 65536, fixed: true, inline_percent: 100 },
-    Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, inline_percent: 0 },
+pub const VARIANTS: [Variant; 5] = [
+    Variant { name: "512-growing", align: 512, granule: 4096, fixed: false, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-growing", align: 4096, granule: 65536, fixed: false, inline_percent: 0, spread: 0 },
+    Variant { name: "512-fixed", align: 512, granule: 65536, fixed: true, inline_percent: 100, spread: 0 },
+    Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, inline_percent: 0, spread: 0 },
+    Variant { name: "512-slow", align: 512, granule: 4096, fixed: false, inline_percent: 0, spread: 200 * US },
 ];
 
-/// Cells of the disk; blocks are 8 cells.
-const CELLS: u64 = 200;
+/// Cells of the disk, which ends within a block; blocks are 8 cells.
+const CELLS: u64 = 203;
 /// Sectors of the base as it is recorded, which ends within a block, and as it is later.
 const BASE_SECTORS: [u64; 2] = [117, 400];
 
@@ -79,8 +82,9 @@ const WRITE: Steps = &[
     &[zero(70, 17, false, true)],
     &[Act::Discard { first: 16, count: 8 }],
     &[Act::Discard { first: 30, count: 7 }],
-    &[write(110, 12)],
-    &[write(119, 81)],
+    // The block in which the base ends stays as it is.
+    &[write(106, 6)],
+    &[write(120, CELLS - 120)],
     &[Act::Flush],
     &[Act::Status { first: 0, count: CELLS }],
     &[write(80, 19)],
@@ -199,7 +203,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         inline_percent: variant.inline_percent,
         checkpoint_after: 3,
         commit_interval_ns: 5 * SECOND,
-        latency: [Latency::NONE; 2],
+        latency: [Latency { spread: variant.spread, ..Latency::NONE }; 2],
         discard_ignored_percent: 0,
         ..Options::draw(0)
     };
@@ -318,11 +322,17 @@ fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
         run.leave(&world)?;
         model.borrow_mut().oracle.flushed_all();
     } else {
-        world.set_metadata_end(1 << 40);
+        let data = world.image().info().map_err(|error| error.to_string())?.header.data_offset;
+        world.set_metadata_end(data);
         let changes = world.disk().unflushed().len() + usize::from(destroyed);
         let survivors = (1u64 << changes.min(63)) - 1;
-        let tear = if destroyed { Tear::Destroyed(0) } else { Tear::Whole };
-        run.power_cut(&world, &Cut { at: 0, keep: Keep::Subset { survivors, tear } })?;
+        let keep = match world.under_way().len() {
+            0 => Keep::Subset { survivors, tear: Tear::Whole },
+            1 => Keep::Subset { survivors, tear: Tear::Destroyed(0) },
+            // Which of them is destroyed is left to chance: only metadata may be.
+            _ => Keep::Seeded(0),
+        };
+        run.power_cut(&world, &Cut { at: 0, keep })?;
     }
     let model = model.borrow().clone();
     Ok(Start { bytes: run.bytes, model: Some(model), cells: run.cells, tag: guest.next_tag })
