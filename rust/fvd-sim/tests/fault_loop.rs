@@ -24,7 +24,7 @@ fn each_operation_may_fail() {
 #[test]
 fn mistakes_in_error_paths_are_noticed() {
     for (fault, phase, what) in [
-        (Fault::FailedCommitForgotten, "layout", "(C4)"),
+        (Fault::FailedCommitForgotten, "layout", "of the base"),
         (Fault::RetryBehind, "layout", "CC-6"),
         (Fault::FailedSyncForgotten, "layout", "not poisoned (R11)"),
         (Fault::WritesAfterPoison, "layout", "after a failed sync"),
