@@ -17,18 +17,19 @@ fn each_operation_may_fail() {
     {
         let totals = some(variant, phase, None);
         assert_eq!(totals.violation, None);
-        assert!(totals.cases > 50 && totals.failed.iter().sum::<u64>() > totals.cases, "an idle loop: {totals:?}");
+        // Each loop, two for each of the five modes, ends with a case in which nothing was left to fail.
+        assert!(totals.cases > 50 && totals.failed.iter().sum::<u64>() >= totals.cases - 10, "an idle loop: {totals:?}");
     }
 }
 
 #[test]
 fn mistakes_in_error_paths_are_noticed() {
     for (fault, phase, what) in [
-        (Fault::FailedCommitForgotten, "layout", "of the base"),
+        (Fault::FailedCommitForgotten, "layout", "everything was committed"),
         (Fault::RetryBehind, "layout", "CC-6"),
         (Fault::FailedSyncForgotten, "layout", "not poisoned (R11)"),
         (Fault::WritesAfterPoison, "layout", "after a failed sync"),
-        (Fault::BaseErrorIsZero, "layout", "fails (eio)"),
+        (Fault::BaseErrorIsZero, "layout", "(CC-3): zero"),
         (Fault::BaseErrorIsNone, "pristine", "found zero"),
         (Fault::PageCountedTwice, "recover-pages", "a write was lost"),
         (Fault::CreateKeepsPageZero, "create-again", "looks like an image"),
