@@ -240,7 +240,13 @@ class QMP:
                         return
                 raise Failure("job %s is gone" % ident)
             if jobs[0]["status"] == "ready":
-                self("job-complete", id=ident)
+                try:
+                    self("job-complete", id=ident)
+                except Failure:
+                    # One that failed meanwhile says why below.
+                    if any(j["id"] == ident and j["status"] == "ready" for j in self("query-jobs")):
+                        raise
+                    continue
             if jobs[0]["status"] == "concluded":
                 if dismiss:
                     self("job-dismiss", id=ident)
