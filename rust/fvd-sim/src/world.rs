@@ -194,6 +194,21 @@ pub struct World {
     woken: Vec<Arc<AtomicBool>>,
 }
 
+/// A disk without power.
+pub struct Remains {
+    /// What was on it, and what of that is not durable.
+    pub disk: Disk,
+    /// What was on its way to it.
+    pub under_way: Vec<Change>,
+}
+
+impl Remains {
+    /// What is left of the image file: one of many outcomes.
+    pub fn cut(&self, keep: &Keep) -> Store {
+        self.disk.cut(&self.under_way, keep)
+    }
+}
+
 /// The host of one queue.
 pub struct SimHost {
     world: Rc<World>,
@@ -549,20 +564,30 @@ impl World {
 
     /// The power goes. Returns what is left of the image file.
     pub fn cut(&self, keep: &Keep) -> Store {
-        let store = {
+        self.say(|| format!("power cut: {keep:?}"));
+        self.remains().cut(keep)
+    }
+
+    /// A line of the trace, where one is kept.
+    pub(crate) fn say(&self, text: impl FnOnce() -> String) {
+        self.inner.borrow_mut().say(text);
+    }
+
+    /// The power goes. Returns what decides what may be left of the image file.
+    pub fn remains(&self) -> Remains {
+        let remains = {
             let mut inner = self.inner.borrow_mut();
-            inner.say(|| format!("power cut: {keep:?}"));
             let pending = std::mem::take(&mut inner.pending);
             let mut ordered: Vec<_> = pending.into_iter().collect();
             ordered.sort_by_key(|(key, _)| key.1);
-            let mut changes = Vec::new();
+            let mut under_way = Vec::new();
             for (_, pending) in ordered {
-                changes.extend(inner.change_of(&pending.op).filter(|_| pending.op.file == FileId::Image));
+                under_way.extend(inner.change_of(&pending.op).filter(|_| pending.op.file == FileId::Image));
             }
-            std::mem::take(&mut inner.disk).cut(changes, keep)
+            Remains { disk: std::mem::take(&mut inner.disk), under_way }
         };
         self.end();
-        store
+        remains
     }
 
     /// The session is over: what the queues still hold is dropped, as when a process ends.
