@@ -145,12 +145,23 @@ fn fault_named(name: &str) -> Result<Fault, String> {
     Fault::ALL.into_iter().find(|f| format!("{f:?}") == name).ok_or_else(|| format!("there is no planted fault '{name}'"))
 }
 
+/// Seconds that all threads of the process ran so far: on a busy machine a second of a core is more
+/// than a second.
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // After the program's name, which may hold anything: state and ten more, then user and system time,
+    // in hundredths of a second whatever the kernel's own tick.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<f64>);
+    Some((fields.next()?.ok()? + fields.next()?.ok()?) / 100.0)
+}
+
 fn print_totals(summary: &Summary, seconds: f64) {
     let Totals { guest_ops, host_ops, cuts, branches, recoveries, repeated, replays, injected, ordered, damaged } = summary.totals;
-    let rate = |n: u64| (n as f64 / seconds) as u64;
-    println!("seeds {} in {seconds:.1} s, revision {}", summary.seeds, revision());
-    println!("guest operations {guest_ops} ({}/s), host operations {host_ops} ({}/s)", rate(guest_ops), rate(host_ops));
-    println!("power cuts {cuts} and {branches} other outcomes of them, recoveries {recoveries} ({}/s; repeated {repeated}), read-only replays {replays} ({}/s)", rate(recoveries), rate(replays));
+    let cpu = cpu_seconds().unwrap_or(seconds);
+    let rate = |n: u64| format!("{:.0}/s, {:.0} a CPU second", n as f64 / seconds, n as f64 / cpu);
+    println!("seeds {} in {seconds:.1} s ({cpu:.1} s of CPU), revision {}", summary.seeds, revision());
+    println!("guest operations {guest_ops} ({}), host operations {host_ops}", rate(guest_ops));
+    println!("power cuts {cuts} and {branches} other outcomes of them, recoveries {recoveries} ({}), {repeated} of them repeated, read-only replays {replays}", rate(recoveries));
     println!("operations made to fail {injected}, metadata writes checked for order {ordered}, damaged files opened {damaged}");
 }
 
