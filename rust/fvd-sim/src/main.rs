@@ -8,7 +8,7 @@ mod small;
 
 use clap::{Parser, Subcommand};
 use fvd_engine::faults::Fault;
-use fvd_sim::campaign::{Failure, Summary, run_caught, run_seeds};
+use fvd_sim::campaign::{Failure, Summary, cpu_seconds, run_caught, run_seeds};
 use fvd_sim::prng::mix;
 use fvd_sim::run::Totals;
 use fvd_sim::{fault_loop, seeds, shrink, workload};
@@ -143,16 +143,6 @@ fn revision() -> String {
 
 fn fault_named(name: &str) -> Result<Fault, String> {
     Fault::ALL.into_iter().find(|f| format!("{f:?}") == name).ok_or_else(|| format!("there is no planted fault '{name}'"))
-}
-
-/// Seconds that all threads of the process ran so far: on a busy machine a second of a core is more
-/// than a second.
-fn cpu_seconds() -> Option<f64> {
-    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
-    // After the program's name, which may hold anything: state and ten more, then user and system time,
-    // in hundredths of a second whatever the kernel's own tick.
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<f64>);
-    Some((fields.next()?.ok()? + fields.next()?.ok()?) / 100.0)
 }
 
 fn print_totals(summary: &Summary, seconds: f64) {

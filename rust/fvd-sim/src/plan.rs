@@ -154,7 +154,7 @@ impl Plan {
                 out += &format!("    {:?} queue {} shim {} address {}\n", step.act, step.queue, step.shim, step.address);
             }
             match &session.cut {
-                Some(cut) => out += &format!("    power cut after {} operations: {:?}, branches {:#x?}\n", cut.at, cut.keep, session.branches),
+                Some(cut) => out += &format!("    power cut after {} operations: {:?}, branches {:x?}\n", cut.at, cut.keep, session.branches),
                 None => out += "    close\n",
             }
             if let Some(damage) = session.damage {

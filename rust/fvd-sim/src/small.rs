@@ -2,6 +2,7 @@
 //! `fvd-sim exhaustive`: the small scope, with progress and a summary for each variant.
 
 use fvd_engine::faults::Fault;
+use fvd_sim::campaign::cpu_seconds;
 use fvd_sim::exhaustive::alphabet::{ALPHABET, letter};
 use fvd_sim::exhaustive::{Summary, VARIANTS, Variant, run, run_one, sequences};
 use std::io::IsTerminal;
@@ -19,7 +20,7 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
     };
     println!("alphabet of {} operations, up to {depth} of them: {} sequences in each of {} variants", ALPHABET.len(), sequences(depth), VARIANTS.len());
     println!("{:<22} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
-    let (mut fine, mut recoveries, all) = (true, 0, Instant::now());
+    let (mut fine, mut recoveries, all, cpu) = (true, 0, Instant::now(), cpu_seconds());
     for variant in VARIANTS {
         let begun = Instant::now();
         let summary = match &letters {
@@ -30,7 +31,9 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
         recoveries += summary.recoveries;
     }
     let seconds = all.elapsed().as_secs_f64();
-    println!("recoveries {recoveries} in {seconds:.1} s ({:.0}/s), jobs {jobs}", recoveries as f64 / seconds);
+    let cpu = cpu_seconds().zip(cpu).map_or(seconds, |(now, then)| now - then);
+    let rate = |seconds: f64| recoveries as f64 / seconds;
+    println!("recoveries {recoveries} in {seconds:.1} s ({cpu:.1} s of CPU): {:.0}/s, {:.0} a CPU second; jobs {jobs}", rate(seconds), rate(cpu));
     fine
 }
 
