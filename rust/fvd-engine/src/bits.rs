@@ -18,8 +18,18 @@ pub(crate) const SEGMENT_MEMORY: u64 = SEGMENT_PAGES * 4096;
 /// Segments in a row of the spine: about the square root of what a page map within the default
 /// limit on metadata memory can name, so that neither rows nor their list are ever long.
 const SPINE: u64 = 4096;
-/// Rows the spine has at least, so that the bitmap can grow: with 4 KiB blocks, to 2 PiB of disk.
+/// Segments in row 0, which stands for the first ones of row 1: most images need no other – with 4 KiB
+/// blocks it is enough for 500 GiB –, and an open should not pay for a long one.
+const SHORT: u64 = 64;
+/// Rows the spine has at least beside row 0, so that the bitmap can grow: with 4 KiB blocks, to 2 PiB
+/// of disk.
 const ROWS_MIN: u64 = 64;
+
+/// Row of segment `index`, its place there, and the length of the row.
+#[inline]
+fn place(index: u64) -> (usize, usize, u64) {
+    if index < SHORT { (0, index as usize, SHORT) } else { ((index / SPINE) as usize + 1, (index % SPINE) as usize, SPINE) }
+}
 
 /// 64 pages' worth of bits.
 pub(crate) struct Segment {
@@ -82,12 +92,12 @@ impl Bits {
     /// A bitmap of `bits` bits, nothing loaded.
     pub(crate) fn new(bits: u64) -> Self {
         let rows = bits.div_ceil(SEGMENT_BITS).div_ceil(SPINE).max(ROWS_MIN);
-        Self { spine: (0..rows).map(|_| OnceLock::new()).collect(), bits: AtomicU64::new(bits) }
+        Self { spine: (0..=rows).map(|_| OnceLock::new()).collect(), bits: AtomicU64::new(bits) }
     }
 
     /// Most bits that [`Bits::grow`] can make of it.
     pub(crate) fn capacity(&self) -> u64 {
-        self.spine.len() as u64 * SPINE * SEGMENT_BITS
+        (self.spine.len() as u64 - 1) * SPINE * SEGMENT_BITS
     }
 
     /// Adds bits, of which nothing is loaded that was not loaded before.
@@ -105,13 +115,15 @@ impl Bits {
     /// Segment `index`, if loaded.
     #[inline]
     pub(crate) fn segment(&self, index: u64) -> Option<&Segment> {
-        self.spine[(index / SPINE) as usize].get()?[(index % SPINE) as usize].get()
+        let (row, at, _) = place(index);
+        self.spine[row].get()?[at].get()
     }
 
     /// Puts segment `index` in place; a second one is dropped.
     pub(crate) fn insert(&self, index: u64, segment: Segment) {
-        let row = self.spine[(index / SPINE) as usize].get_or_init(|| (0..SPINE).map(|_| OnceLock::new()).collect());
-        let _ = row[(index % SPINE) as usize].set(segment);
+        let (row, at, len) = place(index);
+        let row = self.spine[row].get_or_init(|| (0..len).map(|_| OnceLock::new()).collect());
+        let _ = row[at].set(segment);
     }
 
     /// The run that starts at `first` and ends before `end`, within one segment.
@@ -203,11 +215,12 @@ impl Bits {
 
     /// Number of 1 bits; every segment is loaded or entirely initial.
     pub(crate) fn count_ones(&self) -> u64 {
-        let segments = self.len().div_ceil(SEGMENT_BITS);
-        (0..segments)
-            .filter_map(|i| self.segment(i))
-            .map(|s| s.words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum::<u64>())
-            .sum()
+        let bits = self.len();
+        let ones = |index: u64| {
+            let used = (bits - index * SEGMENT_BITS).min(SEGMENT_BITS).div_ceil(64) as usize;
+            self.segment(index).map_or(0, |s| s.words[..used].iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum::<u64>())
+        };
+        (0..bits.div_ceil(SEGMENT_BITS)).map(ones).sum()
     }
 }
 
@@ -261,6 +274,22 @@ mod tests {
             let words = ours.page_words(2);
             prop_assert_eq!(words.as_ref(), &oracle.as_raw_slice()[2 * PAYLOAD_WORDS..3 * PAYLOAD_WORDS]);
         }
+    }
+
+    #[test]
+    fn segments_are_found_in_every_row() {
+        let bits = Bits::new((SPINE + SHORT + 5) * SEGMENT_BITS);
+        assert_eq!(bits.capacity(), ROWS_MIN * SPINE * SEGMENT_BITS);
+        let some = [0, SHORT - 1, SHORT, SPINE - 1, SPINE, SPINE + SHORT + 4];
+        for (i, index) in some.into_iter().enumerate() {
+            assert!(bits.segment(index).is_none());
+            bits.insert(index, Segment::initial());
+            bits.write(index * SEGMENT_BITS, index * SEGMENT_BITS + i as u64 + 1, true);
+        }
+        for (i, index) in some.into_iter().enumerate() {
+            assert_eq!(bits.run(index * SEGMENT_BITS, (index + 1) * SEGMENT_BITS), Run::Bits { value: true, len: i as u64 + 1 });
+        }
+        assert_eq!(bits.count_ones(), (1..=some.len() as u64).sum());
     }
 
     #[test]

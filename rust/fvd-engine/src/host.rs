@@ -82,7 +82,8 @@ pub struct OwnBuf(Box<[Page]>);
 impl OwnBuf {
     /// A zeroed buffer of at least `len` bytes.
     pub fn zeroed(len: usize) -> Self {
-        Self(vec![Page([0; 4096]); len.div_ceil(4096)].into_boxed_slice())
+        // In place, page by page: `vec![page; n]` would copy a page of zeroes instead.
+        Self(std::iter::repeat_with(|| Page([0; 4096])).take(len.div_ceil(4096)).collect())
     }
 
     /// A buffer that starts with `bytes`, zero-padded.

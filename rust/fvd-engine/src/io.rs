@@ -84,10 +84,19 @@ impl<H: Host> Queue<H> {
     /// Reads `len` bytes at `offset`, rounded out to the file's alignment; returns the buffer and
     /// where in it `offset` is.
     pub(crate) async fn read_own(self: &Rc<Self>, file: FileId, offset: u64, len: u64) -> Result<(OwnBuf, usize)> {
+        self.read_next(file, offset, len, &mut None).await
+    }
+
+    /// The same for one of many reads in a row, into the buffer of the last one if that is large
+    /// enough: windows of a journal are too large to be zeroed anew each time.
+    pub(crate) async fn read_next(self: &Rc<Self>, file: FileId, offset: u64, len: u64, spare: &mut Option<OwnBuf>) -> Result<(OwnBuf, usize)> {
         let align = u64::from(self.image().limits(file).request_alignment);
         let start = floor(offset, align);
         let total = ceil(offset + len, align) - start;
-        let buf = OwnBuf::zeroed(total as usize);
+        let buf = match spare.take().filter(|buf| buf.capacity() as u64 >= total) {
+            Some(buf) => buf,
+            None => OwnBuf::zeroed(total as usize),
+        };
         let (ret, op) = self.io(own(OpKind::Read, file, start, buf, total)).await;
         result_of(&op, ret)?;
         Ok((buffer_of(op), (offset - start) as usize))

@@ -77,12 +77,13 @@ impl<H: Host> Queue<H> {
         let zero = PageZero::decode(&start[..PAGE_SIZE])?;
         let one = &start[HEADER_OFFSETS[0] as usize..][..PAGE_SIZE];
         let two = self.read_own(FileId::Image, HEADER_OFFSETS[1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
-        let mut header = Header::choose(&zero.uuid, one, &two)?;
+        let copies = [Header::decode(&zero.uuid, 1, one), Header::decode(&zero.uuid, 2, &two)];
+        let mut header = Header::choose_decoded(copies[0].clone(), copies[1].clone())?;
         if faulty!(self.image(), HeaderFirstValid) {
-            header = Header::decode(&zero.uuid, 1, one).unwrap_or(header);
+            header = copies[0].clone().unwrap_or(header);
         }
-        let behind = [(1, one), (2, &two)].into_iter().find(|(copy, page)| Header::decode(&zero.uuid, *copy, page).ok().as_ref() != Some(&header));
-        Ok((header, behind.map(|(copy, _)| copy)))
+        let behind = copies.iter().position(|copy| copy.as_ref().ok() != Some(&header));
+        Ok((header, behind.map(|at| at + 1)))
     }
 
     /// A base of another length than recorded is served as recorded; somebody should know.

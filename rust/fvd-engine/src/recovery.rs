@@ -113,11 +113,13 @@ impl<H: Host> Queue<H> {
         let region = *header.region(RegionKind::Journal).expect("image with a journal");
         let from = CommitId { epoch: header.epoch, seq: header.first_seq, commit: header.first_commit };
         let mut scanner = Scanner::new(&header.uuid, region.pages(), from);
+        let mut spare = None;
         while scanner.units_left() > 0 {
             let place = scanner.place(region.pages());
             let units = scanner.units_left().min(region.pages() - place).min((WINDOW / PAGE_SIZE) as u64);
-            let (buf, at) = self.read_own(FileId::Image, region.offset + place * PAGE_SIZE as u64, units * PAGE_SIZE as u64).await?;
+            let (buf, at) = self.read_next(FileId::Image, region.offset + place * PAGE_SIZE as u64, units * PAGE_SIZE as u64, &mut spare).await?;
             buf.for_each_page(at, units as usize, |_, unit| scanner.feed(unit));
+            spare = Some(buf);
         }
         Ok(scanner.finish())
     }

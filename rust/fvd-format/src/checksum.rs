@@ -12,10 +12,13 @@ pub struct Seeded(crc32fast::Hasher);
 impl Seeded {
     /// Starts with `uuid`, `kind` (LE), `index` (LE).
     pub fn new(uuid: &Uuid, kind: u32, index: u64) -> Self {
+        // In one piece: three short ones take longer.
+        let mut seed = [0; 28];
+        seed[..16].copy_from_slice(uuid);
+        seed[16..20].copy_from_slice(&kind.to_le_bytes());
+        seed[20..].copy_from_slice(&index.to_le_bytes());
         let mut hasher = crc32fast::Hasher::new();
-        hasher.update(uuid);
-        hasher.update(&kind.to_le_bytes());
-        hasher.update(&index.to_le_bytes());
+        hasher.update(&seed);
         Self(hasher)
     }
 

@@ -31,10 +31,15 @@ pub fn put_u64(buf: &mut [u8], at: usize, value: u64) {
     buf[at..at + 8].copy_from_slice(&value.to_le_bytes());
 }
 
+/// Whether all bytes are 0. Without an early end, so that the compiler takes many bytes at a time.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().fold(0, |any, &b| any | b) == 0
+}
+
 /// A NUL-padded string field: `None` if it has no terminating NUL or bytes after the first NUL.
 pub fn get_str(field: &[u8]) -> Option<String> {
     let end = field.iter().position(|&b| b == 0)?;
-    if field[end..].iter().any(|&b| b != 0) {
+    if !is_zero(&field[end..]) {
         return None;
     }
     String::from_utf8(field[..end].to_vec()).ok()

@@ -405,7 +405,7 @@ impl Header {
                     map_first: get_u64(from, 24),
                     count_sum: get_u64(from, 32),
                 });
-            } else if from.iter().any(|&b| b != 0) {
+            } else if !is_zero(from) {
                 return Err(FormatError::invalid("region", format!("slot {i} has no length but other fields")));
             }
         }
@@ -587,7 +587,12 @@ impl Header {
 
     /// Of two copies as read, the one that counts: valid, with the higher generation (FMT-7).
     pub fn choose(uuid: &Uuid, copy1: &[u8], copy2: &[u8]) -> Result<Self> {
-        match (Self::decode(uuid, 1, copy1), Self::decode(uuid, 2, copy2)) {
+        Self::choose_decoded(Self::decode(uuid, 1, copy1), Self::decode(uuid, 2, copy2))
+    }
+
+    /// The same of copies that were decoded already.
+    pub fn choose_decoded(copy1: Result<Self>, copy2: Result<Self>) -> Result<Self> {
+        match (copy1, copy2) {
             (Ok(one), Ok(two)) if one.generation == two.generation && one != two => {
                 Err(FormatError::invalid("header", "two copies of one generation differ"))
             }

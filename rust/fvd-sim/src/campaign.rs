@@ -78,3 +78,13 @@ pub fn run_seeds(seeds: impl Iterator<Item = u64>, fault: Option<Fault>, limit: 
     }
     summary
 }
+
+/// Seconds that all threads of the process ran so far: on a busy machine a second of a core is more
+/// than a second.
+pub fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // After the program's name, which may hold anything: state and ten more, then user and system time,
+    // in hundredths of a second whatever the kernel's own tick.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<f64>);
+    Some((fields.next()?.ok()? + fields.next()?.ok()?) / 100.0)
+}

@@ -22,6 +22,12 @@ pub const GARBAGE_BYTE: u8 = 0xa5;
 /// Largest cell: bytes. What a cut tears is a multiple of this.
 pub const SECTOR: usize = 512;
 
+/// The words of a cell after its first 16 bytes.
+fn words(tag: Tag, index: u64) -> impl Iterator<Item = u64> {
+    let first = mix(tag ^ index.rotate_left(32));
+    (0..).map(move |i: u64| first.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+}
+
 /// Fills `to` with cell number `index` of write `tag`.
 pub fn fill(tag: Tag, index: u64, to: &mut [u8]) {
     match tag {
@@ -31,10 +37,8 @@ pub fn fill(tag: Tag, index: u64, to: &mut [u8]) {
             let (head, rest) = to.split_at_mut(16);
             head[..8].copy_from_slice(&tag.to_le_bytes());
             head[8..].copy_from_slice(&index.to_le_bytes());
-            let mut word = mix(tag ^ index.rotate_left(32));
-            for piece in rest.chunks_exact_mut(8) {
+            for (piece, word) in rest.chunks_exact_mut(8).zip(words(tag, index)) {
                 piece.copy_from_slice(&word.to_le_bytes());
-                word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
             }
         }
     }
@@ -46,17 +50,21 @@ pub fn matches(tag: Tag, index: u64, bytes: &[u8]) -> bool {
         ZERO => is_all(bytes, 0),
         GARBAGE => is_all(bytes, GARBAGE_BYTE),
         _ => {
-            let mut expect = [0; SECTOR];
-            let expect = &mut expect[..bytes.len()];
-            fill(tag, index, expect);
-            bytes == expect
+            // Most cells that do not match differ in their first 16 bytes; the rest is compared without
+            // an early end, so that the compiler takes many bytes at a time.
+            let word = |piece: &[u8]| u64::from_le_bytes(piece.try_into().expect("eight bytes"));
+            let (head, rest) = bytes.split_at(16);
+            (word(&head[..8]), word(&head[8..])) == (tag, index)
+                && rest.chunks_exact(8).zip(words(tag, index)).fold(0, |differ, (piece, expect)| differ | (word(piece) ^ expect)) == 0
         }
     }
 }
 
 fn is_all(bytes: &[u8], byte: u8) -> bool {
     let word = u64::from_ne_bytes([byte; 8]);
-    bytes.chunks_exact(8).all(|piece| u64::from_ne_bytes(piece.try_into().expect("eight bytes")) == word)
+    let differs = |piece: &[u8]| u64::from_ne_bytes(piece.try_into().expect("eight bytes")) ^ word;
+    // Most cells that are something else begin with something else.
+    bytes.first() == Some(&byte) && bytes.chunks_exact(8).fold(0, |any, piece| any | differs(piece)) == 0
 }
 
 /// The tag that `bytes` claim to come from; for people and for a quick first look.

@@ -122,36 +122,24 @@ impl Disk {
         &self.unflushed
     }
 
-    /// The power goes, with `under_way` not complete. Returns what is left.
-    pub fn cut(mut self, under_way: Vec<Change>, keep: &Keep) -> Store {
+    /// What is left if the power goes, with `under_way` not complete.
+    pub fn cut(&self, under_way: &[Change], keep: &Keep) -> Store {
+        let mut left = self.stable.clone();
         match keep {
-            Keep::Seeded(seed) => self.cut_seeded(under_way, &mut Prng::new(*seed)),
+            Keep::Seeded(seed) => self.cut_seeded(&mut left, under_way, &mut Prng::new(*seed)),
             Keep::Subset { survivors, tear } => {
-                let all: Vec<Change> = self.unflushed.drain(..).chain(under_way).collect();
                 let last = 63u32.saturating_sub(survivors.leading_zeros()) as usize;
-                for (i, change) in all.iter().enumerate().take(64).filter(|(i, _)| survivors >> i & 1 == 1) {
-                    self.survive(change, if i == last { *tear } else { Tear::Whole });
+                let all = self.unflushed.iter().chain(under_way);
+                for (i, change) in all.enumerate().take(64).filter(|(i, _)| survivors >> i & 1 == 1) {
+                    survive(&mut left, change, if i == last { *tear } else { Tear::Whole });
                 }
             }
         }
-        self.stable
+        left
     }
 
-    fn survive(&mut self, change: &Change, tear: Tear) {
-        match (change, tear) {
-            (Change::Bytes(offset, bytes), Tear::Sectors(n)) => self.stable.write(*offset, &bytes[..bytes.len().min(n as usize * SECTOR)]),
-            (Change::Bytes(offset, bytes), Tear::Destroyed(n)) => {
-                let whole = bytes.len().min(n as usize * 4096);
-                self.stable.write(*offset, &bytes[..whole]);
-                let gone = (bytes.len() - whole).min(4096);
-                self.stable.write(offset + whole as u64, &vec![DESTROYED; gone]);
-            }
-            _ => apply(&mut self.stable, change),
-        }
-    }
-
-    fn cut_seeded(&mut self, under_way: Vec<Change>, prng: &mut Prng) {
-        let mut all = std::mem::take(&mut self.unflushed);
+    fn cut_seeded(&self, left: &mut Store, under_way: &[Change], prng: &mut Prng) {
+        let mut all: Vec<&Change> = self.unflushed.iter().collect();
         for change in under_way {
             // It may have reached the disk before others that completed earlier.
             let at = prng.below(all.len().min(8) as u64 + 1) as usize;
@@ -160,20 +148,20 @@ impl Disk {
         let mode = prng.below(7);
         let odds = prng.pick(&[10, 50, 90]);
         for change in all {
-            match (&change, mode) {
+            match (change, mode) {
                 (_, 0) => {}
-                (_, 1) => apply(&mut self.stable, &change),
+                (_, 1) => apply(left, change),
                 (Change::Bytes(offset, bytes), 4 | 5) => {
                     for (i, sector) in bytes.chunks(SECTOR).enumerate() {
                         if prng.chance(odds) {
-                            self.stable.write(offset + (i * SECTOR) as u64, sector);
+                            left.write(offset + (i * SECTOR) as u64, sector);
                         }
                     }
                 }
-                (Change::Bytes(offset, bytes), 6) if offset + bytes.len() as u64 <= self.metadata_end => self.destroy(*offset, bytes, prng),
+                (Change::Bytes(offset, bytes), 6) if offset + bytes.len() as u64 <= self.metadata_end => self.destroy(left, *offset, bytes, prng),
                 _ => {
                     if prng.chance(odds) {
-                        apply(&mut self.stable, &change);
+                        apply(left, change);
                     }
                 }
             }
@@ -181,17 +169,30 @@ impl Disk {
     }
 
     /// Parts arrive, parts stay, parts are destroyed: in the units that the storage tears.
-    fn destroy(&mut self, offset: u64, bytes: &[u8], prng: &mut Prng) {
+    fn destroy(&self, left: &mut Store, offset: u64, bytes: &[u8], prng: &mut Prng) {
         let whole = offset.is_multiple_of(self.granule as u64) && bytes.len().is_multiple_of(self.granule);
         let unit = if whole { self.granule } else { 4096 };
         for (i, part) in bytes.chunks(unit).enumerate() {
             let at = offset + (i * unit) as u64;
             match prng.below(3) {
-                0 => self.stable.write(at, part),
-                1 => self.stable.write(at, &vec![DESTROYED; part.len()]),
+                0 => left.write(at, part),
+                1 => left.write(at, &vec![DESTROYED; part.len()]),
                 _ => {}
             }
         }
+    }
+}
+
+fn survive(left: &mut Store, change: &Change, tear: Tear) {
+    match (change, tear) {
+        (Change::Bytes(offset, bytes), Tear::Sectors(n)) => left.write(*offset, &bytes[..bytes.len().min(n as usize * SECTOR)]),
+        (Change::Bytes(offset, bytes), Tear::Destroyed(n)) => {
+            let whole = bytes.len().min(n as usize * 4096);
+            left.write(*offset, &bytes[..whole]);
+            let gone = (bytes.len() - whole).min(4096);
+            left.write(offset + whole as u64, &vec![DESTROYED; gone]);
+        }
+        _ => apply(left, change),
     }
 }
 
@@ -211,9 +212,9 @@ mod tests {
         assert_eq!(disk.stable.bytes(0, 1024), [[1; 512], [0; 512]].concat());
         disk.flush(mark);
         let none = Keep::Subset { survivors: 0, tear: Tear::Whole };
-        assert_eq!(disk.clone().cut(Vec::new(), &none).len(), 512);
+        assert_eq!(disk.cut(&[], &none).len(), 512);
         let all = Keep::Subset { survivors: 1, tear: Tear::Whole };
-        assert_eq!(disk.clone().cut(Vec::new(), &all).bytes(512, 1), [2]);
+        assert_eq!(disk.cut(&[], &all).bytes(512, 1), [2]);
         disk.flush_failed(second, &mut Prng::new(1));
         assert_eq!(disk.view.len(), 1024);
         disk.flush(disk.mark());

@@ -5,6 +5,7 @@
 //! `docs/simulator.md`.
 #![forbid(unsafe_code)]
 
+mod branches;
 pub mod campaign;
 pub mod checker;
 pub mod clock;

@@ -8,7 +8,7 @@ mod small;
 
 use clap::{Parser, Subcommand};
 use fvd_engine::faults::Fault;
-use fvd_sim::campaign::{Failure, Summary, run_caught, run_seeds};
+use fvd_sim::campaign::{Failure, Summary, cpu_seconds, run_caught, run_seeds};
 use fvd_sim::prng::mix;
 use fvd_sim::run::Totals;
 use fvd_sim::{fault_loop, seeds, shrink, workload};
@@ -146,11 +146,12 @@ fn fault_named(name: &str) -> Result<Fault, String> {
 }
 
 fn print_totals(summary: &Summary, seconds: f64) {
-    let Totals { guest_ops, host_ops, cuts, recoveries, replays, injected, ordered, damaged } = summary.totals;
-    let rate = |n: u64| (n as f64 / seconds) as u64;
-    println!("seeds {} in {seconds:.1} s, revision {}", summary.seeds, revision());
-    println!("guest operations {guest_ops} ({}/s), host operations {host_ops} ({}/s)", rate(guest_ops), rate(host_ops));
-    println!("power cuts {cuts}, recoveries {recoveries} ({}/s), read-only replays {replays} ({}/s)", rate(recoveries), rate(replays));
+    let Totals { guest_ops, host_ops, cuts, branches, recoveries, repeated, replays, injected, ordered, damaged } = summary.totals;
+    let cpu = cpu_seconds().unwrap_or(seconds);
+    let rate = |n: u64| format!("{:.0}/s, {:.0} a CPU second", n as f64 / seconds, n as f64 / cpu);
+    println!("seeds {} in {seconds:.1} s ({cpu:.1} s of CPU), revision {}", summary.seeds, revision());
+    println!("guest operations {guest_ops} ({}), host operations {host_ops}", rate(guest_ops));
+    println!("power cuts {cuts} and {branches} other outcomes of them, recoveries {recoveries} ({}), {repeated} of them repeated, read-only replays {replays}", rate(recoveries));
     println!("operations made to fail {injected}, metadata writes checked for order {ordered}, damaged files opened {damaged}");
 }
 

@@ -21,10 +21,39 @@ struct Version {
     done: Moment,
 }
 
+/// Versions of a cell, of which there is always one; most have no more, and are copied at no cost.
+#[derive(Clone, Debug)]
+struct Versions {
+    first: Version,
+    more: Vec<Version>,
+}
+
+impl Versions {
+    fn len(&self) -> usize {
+        1 + self.more.len()
+    }
+
+    fn iter(&self) -> impl DoubleEndedIterator<Item = &Version> {
+        std::iter::once(&self.first).chain(&self.more)
+    }
+
+    fn iter_mut(&mut self) -> impl Iterator<Item = &mut Version> {
+        std::iter::once(&mut self.first).chain(&mut self.more)
+    }
+
+    /// Leaves out what does not satisfy `stays`; something always does.
+    fn retain(&mut self, stays: impl Fn(&Version) -> bool) {
+        self.more.retain(&stays);
+        if !stays(&self.first) {
+            self.first = self.more.remove(0);
+        }
+    }
+}
+
 /// One cell.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Cell {
-    versions: Vec<Version>,
+    versions: Versions,
     /// When the newest FUA write that is durable began.
     durable: Moment,
 }
@@ -59,7 +88,7 @@ impl Oracle {
 
     /// More cells.
     pub fn grow(&mut self, tags: Vec<Tag>) {
-        let cell = |tag| Cell { versions: vec![Version { tag, begun: 0, done: 0 }], durable: 0 };
+        let cell = |tag| Cell { versions: Versions { first: Version { tag, begun: 0, done: 0 }, more: Vec::new() }, durable: 0 };
         self.cells.extend(tags.into_iter().map(cell));
     }
 
@@ -89,7 +118,7 @@ impl Oracle {
                 let gone = cell.newest(self.flushed).max(cell.durable).min(cell.newest(reading));
                 cell.versions.retain(|v| v.done >= gone);
             }
-            cell.versions.push(Version { tag, begun, done: NEVER });
+            cell.versions.more.push(Version { tag, begun, done: NEVER });
         }
         begun
     }
@@ -158,7 +187,10 @@ impl Oracle {
 
     /// The power went: what may be left is one of the survivors, for good.
     pub fn crash(&mut self) {
-        for index in (0..self.cells.len()).filter(|i| self.cells[*i].versions.len() > 1).collect::<Vec<_>>() {
+        for index in 0..self.cells.len() {
+            if self.cells[index].versions.len() == 1 {
+                continue;
+            }
             let tags: Vec<Tag> = self.survivors(index).collect();
             self.replace(index, tags);
         }
@@ -169,15 +201,17 @@ impl Oracle {
         tags.dedup();
         let state = &mut self.cells[index];
         state.durable = 0;
-        state.versions.clear();
-        state.versions.extend(tags.into_iter().map(|tag| Version { tag, begun: 0, done: 0 }));
+        let mut versions = tags.into_iter().map(|tag| Version { tag, begun: 0, done: 0 });
+        state.versions.first = versions.next().expect("one survives");
+        state.versions.more.clear();
+        state.versions.more.extend(versions);
     }
 
     /// The same; from now on the cell holds just that. Zero may be a write of zeroes or a base that
     /// is away: both stay possible.
     pub fn settle(&mut self, index: usize, cell: u64, bytes: &[u8]) -> bool {
         if self.cells[index].versions.len() == 1 {
-            return self.holds(self.cells[index].versions[0].tag, cell, bytes);
+            return self.holds(self.cells[index].versions.first.tag, cell, bytes);
         }
         let tags: Vec<Tag> = self.survivors(index).filter(|tag| self.holds(*tag, cell, bytes)).collect();
         if tags.is_empty() {
@@ -210,7 +244,7 @@ impl Oracle {
     pub fn explain(&self, index: usize) -> String {
         let state = &self.cells[index];
         let mut out = format!("flushed at {}, durable {};", self.flushed, state.durable);
-        for v in &state.versions {
+        for v in state.versions.iter() {
             let name = match v.tag {
                 ZERO => "zero".to_owned(),
                 BASE => "base".to_owned(),

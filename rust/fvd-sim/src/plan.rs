@@ -115,6 +115,8 @@ pub struct Session {
     pub failures: Failures,
     /// What the guest does.
     pub steps: Vec<Step>,
+    /// Where the power goes: seeds of other outcomes, which are recovered on the side.
+    pub branches: Vec<u64>,
     /// After the session, damage of this kind is tried on a copy of the file.
     pub damage: Option<u64>,
 }
@@ -152,7 +154,7 @@ impl Plan {
                 out += &format!("    {:?} queue {} shim {} address {}\n", step.act, step.queue, step.shim, step.address);
             }
             match &session.cut {
-                Some(cut) => out += &format!("    power cut after {} operations: {:?}\n", cut.at, cut.keep),
+                Some(cut) => out += &format!("    power cut after {} operations: {:?}, branches {:x?}\n", cut.at, cut.keep, session.branches),
                 None => out += "    close\n",
             }
             if let Some(damage) = session.damage {

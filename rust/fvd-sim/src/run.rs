@@ -5,6 +5,7 @@
 use crate::checker::{Checker, Mode, Model};
 use crate::content::{BASE, FIRST_WRITE, GARBAGE, GARBAGE_BYTE, Tag, ZERO};
 use crate::damage;
+use crate::disk::Keep;
 use crate::geometry::{Base, Geometry};
 use crate::guest::{Guest, check_report};
 use crate::memory::Buf;
@@ -36,9 +37,13 @@ pub struct Totals {
     pub host_ops: u64,
     /// Power cuts.
     pub cuts: u64,
+    /// Outcomes of power cuts that were tried beside those that the plans went on with.
+    pub branches: u64,
     /// Writable opens of an image that was not closed.
     pub recoveries: u64,
-    /// The same, read-only: recovery in memory.
+    /// Of these, opens of an image that a recovery had left and a power cut did not let be closed.
+    pub repeated: u64,
+    /// Read-only opens of an image that was not closed: recovery in memory.
     pub replays: u64,
     /// Operations made to fail.
     pub injected: u64,
@@ -54,7 +59,9 @@ impl Totals {
         self.guest_ops += other.guest_ops;
         self.host_ops += other.host_ops;
         self.cuts += other.cuts;
+        self.branches += other.branches;
         self.recoveries += other.recoveries;
+        self.repeated += other.repeated;
         self.replays += other.replays;
         self.injected += other.injected;
         self.ordered += other.ordered;
@@ -181,15 +188,20 @@ impl<'a> Run<'a> {
         world.violation().map_or(Ok(()), Err)
     }
 
-    /// Takes the power away; what is left is the next session's file.
-    pub(crate) fn power_cut(&mut self, world: &Rc<World>, cut: &Cut) -> Verdict<()> {
-        self.bytes = world.cut(&cut.keep);
+    /// Takes the power away; what is left is the next session's file. Other outcomes are tried by
+    /// the way, one for each of `branches`.
+    pub(crate) fn power_cut(&mut self, world: &Rc<World>, keep: &Keep, branches: &[u64]) -> Verdict<()> {
+        world.say(|| format!("power cut: {keep:?}"));
+        let remains = world.remains();
+        self.bytes = remains.cut(keep);
         self.report.totals.cuts += 1;
         self.unclean = true;
         if let Some(model) = &self.model {
             model.borrow_mut().oracle.crash();
         }
-        self.leave(world)
+        self.leave(world)?;
+        let left = self.bytes.clone();
+        self.branches(&remains, &left, branches)
     }
 
     pub(crate) fn params(&self) -> CreateParams {
@@ -215,7 +227,7 @@ impl<'a> Run<'a> {
             let world = World::new(setup, Checker::new(Mode::Create, None));
             world.submit(0, Request::Create(Box::new(self.params())), 0);
             let Some(outcome) = until_done(&world, 0, cut)? else {
-                self.power_cut(&world, cut.expect("only a cut stops it"))?;
+                self.power_cut(&world, &cut.expect("only a cut stops it").keep, &[])?;
                 self.after_creation_cut(attempt as u64)?;
                 continue;
             };
@@ -223,7 +235,7 @@ impl<'a> Run<'a> {
                 return Err(format!("creation fails: {error}"));
             }
             // Nothing may be lost any more.
-            self.bytes = world.cut(&crate::disk::Keep::Seeded(self.options.seed));
+            self.bytes = world.cut(&Keep::Seeded(self.options.seed));
             self.leave(&world)?;
             if cut.is_none() {
                 break;
@@ -289,24 +301,23 @@ impl<'a> Run<'a> {
         let cut = session.cut.as_ref();
         world.submit(0, Request::Open, 0);
         let Some(opened) = until_done(&world, 0, cut)? else {
-            return self.power_cut(&world, cut.expect("only a cut stops it"));
+            return self.power_cut(&world, &cut.expect("only a cut stops it").keep, &session.branches);
         };
         if let Err(error) = opened {
             if world.counters().injected == 0 {
                 return Err(format!("the image does not open: {error}"));
             }
-            let keep = crate::disk::Keep::Seeded(session.seed);
-            return self.power_cut(&world, &Cut { at: 0, keep });
+            return self.power_cut(&world, &Keep::Seeded(session.seed), &session.branches);
         }
         self.opened(&world)?;
         match self.work(&world, session, &mut prng)? {
             End::Cut => {
-                let keep = cut.map_or(crate::disk::Keep::Seeded(session.seed), |cut| cut.keep.clone());
-                self.power_cut(&world, &Cut { at: 0, keep })
+                let keep = cut.map_or(Keep::Seeded(session.seed), |cut| cut.keep.clone());
+                self.power_cut(&world, &keep, &session.branches)
             }
             End::Closed => {
                 // Whatever was done before is durable, so that this takes nothing away.
-                self.bytes = world.cut(&crate::disk::Keep::Seeded(session.seed));
+                self.bytes = world.cut(&Keep::Seeded(session.seed));
                 self.leave(&world)?;
                 self.unclean = false;
                 self.model().borrow_mut().oracle.flushed_all();
@@ -403,7 +414,7 @@ impl<'a> Run<'a> {
         self.leave(&world)
     }
 
-    fn ask_check(&self, world: &Rc<World>) -> Verdict<()> {
+    pub(crate) fn ask_check(&self, world: &Rc<World>) -> Verdict<()> {
         let report: Reply = world.request(0, Request::Check).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
         check_report(world, &report);
         Ok(())

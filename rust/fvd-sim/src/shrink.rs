@@ -37,7 +37,8 @@ pub fn shrink(plan: &Plan, fault: Option<Fault>, limit: Duration) -> Plan {
 
 fn size(plan: &Plan) -> (usize, usize, usize) {
     let extras = plan.sessions.iter().filter(|s| s.failures != Failures::default() || s.damage.is_some()).count();
-    (plan.sessions.len() + plan.create_cuts.len(), plan.steps(), extras)
+    let branches: usize = plan.sessions.iter().map(|s| s.branches.len()).sum();
+    (plan.sessions.len() + plan.create_cuts.len(), plan.steps(), extras + branches)
 }
 
 /// Tries `change`, and keeps it if the plan still fails.
@@ -84,7 +85,17 @@ fn sessions(best: &mut Plan, fails: &impl Fn(&Plan) -> bool) {
         if best.sessions.get(at).is_some_and(|s| s.cut.is_some()) {
             attempt(best, fails, |plan| plan.sessions[at].cut = None);
         }
+        branches(best, at, fails);
     }
+}
+
+/// Leaves out the other outcomes of the session's cut, or all but one.
+fn branches(best: &mut Plan, session: usize, fails: &impl Fn(&Plan) -> bool) {
+    let seeds = best.sessions.get(session).map_or(Vec::new(), |s| s.branches.clone());
+    if seeds.is_empty() || attempt(best, fails, |plan| plan.sessions[session].branches.clear()) || seeds.len() == 1 {
+        return;
+    }
+    seeds.into_iter().any(|seed| attempt(best, fails, |plan| plan.sessions[session].branches = vec![seed]));
 }
 
 /// Leaves out runs of steps: halves, quarters, … single ones.

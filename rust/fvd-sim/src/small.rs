@@ -2,6 +2,7 @@
 //! `fvd-sim exhaustive`: the small scope, with progress and a summary for each variant.
 
 use fvd_engine::faults::Fault;
+use fvd_sim::campaign::cpu_seconds;
 use fvd_sim::exhaustive::alphabet::{ALPHABET, letter};
 use fvd_sim::exhaustive::{Summary, VARIANTS, Variant, run, run_one, sequences};
 use std::io::IsTerminal;
@@ -19,7 +20,7 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
     };
     println!("alphabet of {} operations, up to {depth} of them: {} sequences in each of {} variants", ALPHABET.len(), sequences(depth), VARIANTS.len());
     println!("{:<22} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
-    let mut fine = true;
+    let (mut fine, mut recoveries, all, cpu) = (true, 0, Instant::now(), cpu_seconds());
     for variant in VARIANTS {
         let begun = Instant::now();
         let summary = match &letters {
@@ -27,7 +28,12 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
             None => run(variant, depth, jobs, fault, &progress(depth, begun)),
         };
         fine &= print(variant, &summary, begun, fault);
+        recoveries += summary.recoveries;
     }
+    let seconds = all.elapsed().as_secs_f64();
+    let cpu = cpu_seconds().zip(cpu).map_or(seconds, |(now, then)| now - then);
+    let rate = |seconds: f64| recoveries as f64 / seconds;
+    println!("recoveries {recoveries} in {seconds:.1} s ({cpu:.1} s of CPU): {:.0}/s, {:.0} a CPU second; jobs {jobs}", rate(seconds), rate(cpu));
     fine
 }
 
@@ -50,6 +56,7 @@ fn progress(depth: u32, begun: Instant) -> impl Fn(usize) + Sync {
 fn print(variant: Variant, summary: &Summary, begun: Instant, fault: Option<Fault>) -> bool {
     let name = format!("{}, {}-byte host", if variant.synced { "flushes between" } else { "no flushes" }, variant.alignment);
     let tally = &summary.tally;
+    let seconds = begun.elapsed().as_secs_f64();
     println!(
         "{name:<22} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10.1}",
         tally.sequences,
@@ -57,12 +64,13 @@ fn print(variant: Variant, summary: &Summary, begun: Instant, fault: Option<Faul
         tally.files,
         summary.distinct,
         summary.second[0],
-        begun.elapsed().as_secs_f64()
+        seconds
     );
     println!(
         "  files opened {}, of distinct metadata {} (recovery cut in each), left by these cuts {}; most changes at a cut {}, sampled {}",
         summary.opened, summary.metadata, summary.second[1], tally.most, tally.sampled
     );
+    println!("  recoveries {} ({:.0}/s)", summary.recoveries, summary.recoveries as f64 / seconds);
     if let Some(text) = &summary.failure {
         let with = fault.map_or(String::new(), |fault| format!(" with {fault:?}"));
         println!("FAILED{with}: {text}\n  again: fvd-sim exhaustive --sequence NAMES (the operations named above)");

@@ -151,20 +151,46 @@ impl Store {
         out
     }
 
+    /// The same for files that have most of their pages in common with `other`, memory included, as a
+    /// copy of it that was changed has: what is alike is not looked at.
+    pub fn hash_beside(&self, other: &Self) -> u64 {
+        let mut hash = mix(self.len);
+        let none = None;
+        for at in 0..self.leaves.len().max(other.leaves.len()) {
+            let [mine, theirs] = [self, other].map(|store| store.leaves.get(at).unwrap_or(&none).as_ref());
+            if mine.map(Rc::as_ptr) == theirs.map(Rc::as_ptr) {
+                continue;
+            }
+            for i in 0..LEAF {
+                let [mine, theirs] = [mine, theirs].map(|leaf| leaf.and_then(|leaf| leaf[i].as_ref()));
+                if mine.map(Rc::as_ptr) != theirs.map(Rc::as_ptr) {
+                    let [mine, theirs] = [mine, theirs].map(|page| page.map_or(&[0; PAGE], |page| &**page));
+                    if mine != theirs {
+                        hash = hash_page(hash ^ (at * LEAF + i) as u64, mine);
+                    }
+                }
+            }
+        }
+        hash
+    }
+
     /// A hash of length and content: equal files have equal hashes, however they came about.
     pub fn hash(&self) -> u64 {
         let mut hash = mix(self.len);
         for index in self.pages(self.len) {
             let page = self.page(index).expect("listed");
             if page.iter().any(|b| *b != 0) {
-                hash = mix(hash ^ index);
-                for word in page.chunks_exact(8) {
-                    hash = (hash ^ u64::from_le_bytes(word.try_into().expect("eight bytes"))).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29);
-                }
+                hash = hash_page(hash ^ index, page);
             }
         }
         hash
     }
+}
+
+fn hash_page(hash: u64, page: &Page) -> u64 {
+    page.chunks_exact(8).fold(mix(hash), |hash, word| {
+        (hash ^ u64::from_le_bytes(word.try_into().expect("eight bytes"))).wrapping_mul(0xff51_afd7_ed55_8ccd).rotate_left(29)
+    })
 }
 
 #[cfg(test)]
@@ -183,6 +209,14 @@ mod tests {
         assert_eq!(before.bytes(4096, 2), [7, 7]);
         assert_eq!(store.bytes(4095, 3), [7, 0, 0]);
         assert_eq!(store.bytes(8191, 2), [0, 7]);
+        let hash = |store: &Store| store.hash_beside(&before);
+        assert_eq!(hash(&before), before.clone().hash_beside(&before));
+        let mut same = before.clone();
+        same.write(4096, &[7; 4096]);
+        assert_eq!(hash(&same), hash(&before));
+        assert_ne!(hash(&store), hash(&before));
+        same.write(5000, &[8]);
+        assert_ne!(hash(&same), hash(&before));
         store.resize(4097);
         store.resize(9000);
         assert_eq!(store.bytes(8192, 2), [0, 0]);

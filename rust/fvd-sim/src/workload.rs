@@ -7,8 +7,11 @@ use crate::disk::Keep;
 use crate::geometry::Geometry;
 use crate::options::{BaseIs, KINDS, Kind, Options};
 use crate::plan::{Act, Cut, Plan, Session, Step};
-use crate::prng::Prng;
+use crate::prng::{Prng, mix};
 use crate::world::Failures;
+
+/// Outcomes of a power cut that are drawn beside the plan's own.
+const BRANCHES: u64 = 16;
 
 /// Draws the plan of a seed.
 pub fn plan(seed: u64) -> Plan {
@@ -70,7 +73,8 @@ impl Draw<'_> {
             let queue = self.prng.below(self.options.queues as u64) as u8;
             steps.push(Step { act, queue, shim: self.prng.chance(self.options.shim_percent), address: address as u16 });
         }
-        Session { seed, cut, failures, steps, damage }
+        let branches = (1..=BRANCHES).map(|i| mix(seed ^ i.rotate_left(48))).collect();
+        Session { seed, cut, failures, steps, branches, damage }
     }
 
     fn act(&mut self, early: bool) -> Act {

@@ -8,13 +8,15 @@
 //! events, same [`World::hash`]. Nothing of a world is kept in statics, so that a script can be
 //! run again with another power cut, another failing operation, or one request less.
 
+mod files;
+
 use crate::checker::Checker;
 use crate::clock::Latency;
 use crate::disk::{Change, Disk, Keep};
 use crate::geometry::Base;
 use crate::memory::Buf;
 use crate::prng::{Prng, mix};
-use crate::store::{PAGE, Store};
+use crate::store::Store;
 use fvd_engine::host::*;
 use fvd_engine::{Config, Error, Image, Lookup, Queue, Reply, Request};
 use std::cell::{Ref, RefCell, RefMut};
@@ -22,6 +24,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use files::bytes_of;
 
 /// Names a request of the guest.
 pub type RequestId = u64;
@@ -192,6 +196,21 @@ pub struct World {
     image: Arc<Image>,
     queues: RefCell<Vec<Rc<Queue<SimHost>>>>,
     woken: Vec<Arc<AtomicBool>>,
+}
+
+/// A disk without power.
+pub struct Remains {
+    /// What was on it, and what of that is not durable.
+    pub disk: Disk,
+    /// What was on its way to it.
+    pub under_way: Vec<Change>,
+}
+
+impl Remains {
+    /// What is left of the image file: one of many outcomes.
+    pub fn cut(&self, keep: &Keep) -> Store {
+        self.disk.cut(&self.under_way, keep)
+    }
 }
 
 /// The host of one queue.
@@ -549,20 +568,30 @@ impl World {
 
     /// The power goes. Returns what is left of the image file.
     pub fn cut(&self, keep: &Keep) -> Store {
-        let store = {
+        self.say(|| format!("power cut: {keep:?}"));
+        self.remains().cut(keep)
+    }
+
+    /// A line of the trace, where one is kept.
+    pub(crate) fn say(&self, text: impl FnOnce() -> String) {
+        self.inner.borrow_mut().say(text);
+    }
+
+    /// The power goes. Returns what decides what may be left of the image file.
+    pub fn remains(&self) -> Remains {
+        let remains = {
             let mut inner = self.inner.borrow_mut();
-            inner.say(|| format!("power cut: {keep:?}"));
             let pending = std::mem::take(&mut inner.pending);
             let mut ordered: Vec<_> = pending.into_iter().collect();
             ordered.sort_by_key(|(key, _)| key.1);
-            let mut changes = Vec::new();
+            let mut under_way = Vec::new();
             for (_, pending) in ordered {
-                changes.extend(inner.change_of(&pending.op).filter(|_| pending.op.file == FileId::Image));
+                under_way.extend(inner.change_of(&pending.op).filter(|_| pending.op.file == FileId::Image));
             }
-            std::mem::take(&mut inner.disk).cut(changes, keep)
+            Remains { disk: std::mem::take(&mut inner.disk), under_way }
         };
         self.end();
-        store
+        remains
     }
 
     /// The session is over: what the queues still hold is dropped, as when a process ends.
@@ -593,134 +622,4 @@ impl Inner {
             self.trace.push(format!("{:>12} {}", self.now, text()));
         }
     }
-
-    fn draw_failure(&mut self, op: &HostOp<Buf>) -> Option<i64> {
-        let failures = &self.setup.failures;
-        let number = self.counters.ops;
-        let planned = failures.at.is_some_and(|at| number == at || (failures.forever && number > at)) && failures.reach.holds(op);
-        let one_in = match op.kind {
-            _ if op.file == FileId::Base => failures.base_one_in,
-            OpKind::Flush if failures.flush_one_in != 0 => failures.flush_one_in,
-            _ => failures.image_one_in,
-        };
-        let errno = if failures.errno == 0 { EIO } else { failures.errno };
-        // Where there is no medium, there is nothing to fail.
-        let there = op.file != FileId::Base || (self.attached && self.base.is_some());
-        let fails = there && (planned || (one_in != 0 && self.prng.one_in(one_in)));
-        fails.then_some(errno)
-    }
-
-    /// An operation fails: what it was to change may have happened in part.
-    fn fail_op(&mut self, op: &HostOp<Buf>, mark: u64, errno: i64) -> i64 {
-        self.counters.injected += 1;
-        self.counters.failed[failed_kind(op.kind)] += 1;
-        if op.kind == OpKind::Flush {
-            self.counters.flushes_failed += 1;
-            self.disk.flush_failed(mark, &mut self.prng);
-            return errno;
-        }
-        match self.change_of(op) {
-            Some(Change::Bytes(offset, bytes)) => {
-                let odds = self.prng.pick(&[0, 0, 50, 100]);
-                for (i, sector) in bytes.chunks(crate::content::SECTOR).enumerate() {
-                    if self.prng.chance(odds) {
-                        self.disk.change(Change::Bytes(offset + (i * crate::content::SECTOR) as u64, Rc::new(sector.to_vec())));
-                    }
-                }
-            }
-            Some(change) if self.prng.chance(30) => self.disk.change(change),
-            _ => {}
-        }
-        errno
-    }
-
-    /// What an operation would change.
-    fn change_of(&mut self, op: &HostOp<Buf>) -> Option<Change> {
-        match op.kind {
-            OpKind::Write { .. } => Some(Change::Bytes(op.offset, Rc::new(bytes_of(op)))),
-            OpKind::WriteZeroes { .. } => Some(Change::Zero(op.offset, op.len)),
-            OpKind::Discard if self.setup.discard_ignored_percent > 0 && self.prng.chance(self.setup.discard_ignored_percent) => None,
-            OpKind::Discard => Some(Change::Zero(op.offset, op.len)),
-            OpKind::Truncate => Some(Change::Length(op.offset)),
-            _ => None,
-        }
-    }
-
-    fn perform(&mut self, op: &mut HostOp<Buf>, mark: u64) -> i64 {
-        if op.file == FileId::Base {
-            return match self.base.as_ref().filter(|_| self.attached) {
-                None => ENOMEDIUM,
-                Some(base) => base_op(base, op),
-            };
-        }
-        match op.kind {
-            OpKind::Read => {
-                let mut at = op.offset;
-                for segment in &mut op.segments {
-                    let len = segment.len() as u64;
-                    read_segment(segment, at, |offset, to| self.disk.view.read(offset, to));
-                    at += len;
-                }
-            }
-            OpKind::Flush => self.disk.flush(mark),
-            OpKind::GetLength => return self.disk.view.len() as i64,
-            OpKind::BaseStatus => return EIO,
-            _ => {
-                if let Some(change) = self.change_of(op) {
-                    self.disk.change(change);
-                }
-            }
-        }
-        0
-    }
-}
-
-/// Reads from the base, or tells of it.
-fn base_op(base: &Base, op: &mut HostOp<Buf>) -> i64 {
-    match op.kind {
-        OpKind::Read => {
-            let mut at = op.offset;
-            for segment in &mut op.segments {
-                let len = segment.len() as u64;
-                read_segment(segment, at, |offset, to| base.read(offset, to));
-                at += len;
-            }
-            0
-        }
-        OpKind::GetLength => base.len as i64,
-        OpKind::BaseStatus => {
-            let (data, len) = base.status(op.offset, op.len);
-            len as i64 | if data { STATUS_DATA } else { 0 }
-        }
-        _ => EIO,
-    }
-}
-
-fn read_segment(segment: &mut Segment<Buf>, offset: u64, read: impl Fn(u64, &mut [u8])) {
-    match segment {
-        Segment::Guest { buf, at, len } => buf.with_mut(*at, *len, |to| read(offset, to)),
-        Segment::Own { buf, at: 0, len } => {
-            for (i, page) in buf.pages_mut().iter_mut().enumerate().take(len.div_ceil(PAGE)) {
-                let n = (*len - i * PAGE).min(PAGE);
-                read(offset + (i * PAGE) as u64, &mut page.0[..n]);
-            }
-        }
-        Segment::Own { buf, at, len } => {
-            let mut bytes = vec![0; *len];
-            read(offset, &mut bytes);
-            buf.write(*at, &bytes);
-        }
-    }
-}
-
-/// The bytes an operation writes.
-pub fn bytes_of(op: &HostOp<Buf>) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(op.len as usize);
-    for segment in &op.segments {
-        match segment {
-            Segment::Guest { buf, at, len } => buf.with_mut(*at, *len, |from| bytes.extend_from_slice(from)),
-            Segment::Own { buf, at, len } => buf.for_each(*at, *len, |_, piece| bytes.extend_from_slice(piece)),
-        }
-    }
-    bytes
 }

@@ -4,20 +4,17 @@
 use super::Verdict;
 use crate::disk::Disk;
 use crate::store::PAGE;
-use fvd_format::header::HEADER_OFFSETS;
 use fvd_format::{Header, RegionKind, page};
 
-/// Copy `copy` is about to be written; `stable` is the header that counts now.
-pub fn submit(disk: &Disk, stable: &Header, copy: usize, bytes: &[u8]) -> Verdict {
+/// Copy `copy` is about to be written; `stable` is the header that counts now, `other` the other copy
+/// if it is valid.
+pub fn submit(disk: &Disk, stable: &Header, other: Option<&Header>, copy: usize, bytes: &[u8]) -> Verdict {
     let new = Header::decode(&stable.uuid, copy, bytes).map_err(|error| format!("an invalid header is written to copy {copy}: {error}"))?;
-    let other = 3 - copy;
-    let page = disk.stable.page(HEADER_OFFSETS[other - 1] / PAGE as u64);
-    let other = page.and_then(|bytes| Header::decode(&stable.uuid, other, bytes).ok());
     match (copy, other) {
-        (1, Some(two)) if two == new => {}
+        (1, Some(two)) if *two == new => {}
         (1, _) => return Err("header copy 1 is written before copy 2 is durable (CC-24)".into()),
         // What a cut tore is made whole again.
-        (_, Some(one)) if new == one => {}
+        (_, Some(one)) if new == *one => {}
         // Copy 1 may be an update behind: the last one was cut short, and copy 2 counts.
         (_, Some(one)) if new.generation > one.generation && new.generation <= stable.generation + 1 => {}
         (_, other) => {

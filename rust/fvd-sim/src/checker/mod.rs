@@ -59,10 +59,10 @@ pub struct Checker {
     mode: Mode,
     model: Option<Rc<RefCell<Model>>>,
     /// The header that counts among what is durable.
-    stable: Option<Header>,
+    stable: Option<Rc<Header>>,
     stable_is_current: bool,
-    /// What its copies looked like when it was decoded.
-    raw: [Option<Box<[u8; PAGE]>>; 2],
+    /// Its copies.
+    copies: [Option<Copy>; 2],
     /// A sync failed: nothing may be written any more (R11).
     sync_failed: bool,
     journal: journal::Journal,
@@ -72,6 +72,13 @@ pub struct Checker {
 }
 
 type Verdict = Result<(), String>;
+
+/// A copy of the header among what is durable.
+struct Copy {
+    raw: Box<[u8; PAGE]>,
+    /// If it is valid.
+    header: Option<Rc<Header>>,
+}
 
 impl Checker {
     /// Checks for a session of kind `mode`; with `model`, also what the journal exposes.
@@ -106,7 +113,8 @@ impl Checker {
         self.applied += 1;
         let bytes = bytes_of(op);
         if let Some(copy) = HEADER_OFFSETS.iter().position(|at| op.offset == *at) {
-            return header::submit(disk, &header, copy + 1, &bytes);
+            let other = self.copies[1 - copy].as_ref().and_then(|copy| copy.header.as_deref());
+            return header::submit(disk, &header, other, copy + 1, &bytes);
         }
         match region_at(&header, op)? {
             Some(RegionKind::Journal) => self.journal.submit(disk, &header, op.offset, &bytes, self.model.as_deref()),
@@ -148,14 +156,20 @@ impl Checker {
         }
         let page = |at: u64| disk.stable.page(at / PAGE as u64);
         let raw = HEADER_OFFSETS.map(page);
-        if self.raw.iter().zip(raw).all(|(old, new)| old.as_deref() == new) && self.stable.is_some() {
+        let alike = |(old, new): (&Option<Copy>, &Option<&[u8; PAGE]>)| old.as_ref().map(|copy| &*copy.raw) == *new;
+        if self.copies.iter().zip(&raw).all(alike) && self.stable.is_some() {
             return;
         }
-        self.raw = raw.map(|bytes| bytes.map(|bytes| Box::new(*bytes)));
-        self.stable = page(0).and_then(|bytes| PageZero::decode(bytes).ok()).and_then(|zero| {
-            let copies = [1, 2].map(|copy| page(HEADER_OFFSETS[copy - 1]).and_then(|bytes| Header::decode(&zero.uuid, copy, bytes).ok()));
-            copies.into_iter().flatten().max_by_key(|header| header.generation)
-        });
+        let zero = page(0).and_then(|bytes| PageZero::decode(bytes).ok());
+        let same_image = zero.as_ref().map(|zero| zero.uuid) == self.stable.as_ref().map(|header| header.uuid);
+        for (number, (copy, raw)) in self.copies.iter_mut().zip(raw).enumerate() {
+            if !same_image || !alike((&*copy, &raw)) {
+                let header = |raw| zero.as_ref().and_then(|zero| Header::decode(&zero.uuid, number + 1, raw).ok()).map(Rc::new);
+                *copy = raw.map(|raw| Copy { raw: Box::new(*raw), header: header(raw) });
+            }
+        }
+        let valid = self.copies.iter().flatten().filter_map(|copy| copy.header.clone());
+        self.stable = valid.max_by_key(|header| header.generation);
         if let Some(header) = &self.stable {
             self.journal.opened(header);
         }

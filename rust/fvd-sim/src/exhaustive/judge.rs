@@ -47,6 +47,8 @@ pub struct Known {
     recovered: Mutex<HashSet<u64>>,
     /// Files opened: read-only, and recovered.
     pub opened: AtomicU64,
+    /// Writable opens that recovered an image that was not closed.
+    pub recoveries: AtomicU64,
     /// Distinct files that a cut in recovery left, by metadata recovered.
     pub second: AtomicU64,
     /// Crash points in recoveries.
@@ -218,6 +220,8 @@ impl<'a> Judge<'a> {
             }
         };
         outcome.map_err(|error| format!("the image does not open: {error} (C4)"))?;
+        let clean = world.image().info().map_err(|error| error.to_string())?.was_clean;
+        self.known.recoveries.fetch_add(u64::from(!clean), Ordering::Relaxed);
         let shown = read_all(&world, header)?;
         check(&world)?;
         leave(&world)?;

@@ -107,6 +107,8 @@ pub struct Summary {
     pub second: [u64; 2],
     /// Files opened, each read-only and for recovery.
     pub opened: u64,
+    /// Recoveries: writable opens of files that were not closed, each compared in full.
+    pub recoveries: u64,
     /// The first failure, in the order of sequences.
     pub failure: Option<String>,
 }
@@ -189,6 +191,7 @@ fn summary(known: &Known, tally: Tally, failure: Option<String>) -> Summary {
         metadata: known.metadata(),
         second: [count(&known.second_cuts), count(&known.second)],
         opened: count(&known.opened),
+        recoveries: count(&known.recoveries),
         failure,
     }
 }

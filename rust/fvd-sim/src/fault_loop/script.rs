@@ -332,7 +332,7 @@ fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
             // Which of them is destroyed is left to chance: only metadata may be.
             _ => Keep::Seeded(0),
         };
-        run.power_cut(&world, &Cut { at: 0, keep })?;
+        run.power_cut(&world, &keep, &[])?;
     }
     let model = model.borrow().clone();
     Ok(Start { bytes: run.bytes, model: Some(model), cells: run.cells, tag: guest.next_tag })
