@@ -135,6 +135,8 @@ impl<H: Host> Queue<H> {
         let old = image.header();
         let mut new = changed(old.clone());
         let fresh = place_anew(&old, &mut new, data_end)?;
+        // Else the image could not be opened again as this one is.
+        image.check_metadata_memory(&new)?;
         self.claim(&fresh).await?;
         let blocks = new.blocks();
         let map_words = self.write_new_regions(&mut new, |page| image.page_of_rebuilt(&old, fill, blocks, page)).await?;

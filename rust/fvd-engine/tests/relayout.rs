@@ -343,6 +343,32 @@ fn a_bitmap_that_would_outgrow_its_spine_is_refused() {
     goes_on(sim, &vec![0; BLOCK]);
 }
 
+/// What makes a bitmap leaves an image that opens again as it was opened.
+#[test]
+fn a_page_map_beyond_the_memory_limit_is_not_made() {
+    let params = fvd_engine::CreateParams { base_name: String::new(), base_format: String::new(), ..over_base(1 << 52) };
+    let image = create(params, None, limits(1)).unwrap();
+    let base = base();
+    // 2³¹ blocks, 66,053 pages of bitmap, 3 of page map.
+    for (memory, fits) in [(3 * 4096 - 1, false), (3 * 4096, true)] {
+        let config = Config { metadata_memory: memory, ..Config::default() };
+        let open = |bytes: &Store| Sim::try_open(bytes, Some(base.clone()), limits(1), config.clone()).unwrap();
+        let sim = open(&image);
+        sim.counts();
+        let result = sim.ask(Request::Write { offset: 0, buf: Buf::new(vec![1; BLOCK]), fua: false });
+        if !fits {
+            let error = result.unwrap_err();
+            assert!(error.kind == Kind::NoMemory && error.text.contains("page map"), "{error}");
+            assert_eq!(sim.counts().writes, 0);
+        }
+        let header = sim.info().header;
+        assert_eq!(header.region(RegionKind::PageMap).map(|r| r.pages()), fits.then_some(3));
+        let sim = open(&sim.close());
+        assert_eq!(sim.info().header.virtual_size, 1 << 52);
+        sim.close();
+    }
+}
+
 /// Generations tell pages of a region from those of the one before: none may come twice.
 #[test]
 fn a_region_that_was_rebuilt_too_often_is_not_rebuilt() {
