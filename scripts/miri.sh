@@ -17,12 +17,14 @@ cargo "+$toolchain" miri --version >/dev/null 2>&1 || {
     echo "miri.sh: toolchain '$toolchain' has no miri: rustup toolchain install $toolchain --component miri,rust-src" >&2
     exit 1
 }
-# Property tests look for old failures in files.
-export MIRIFLAGS=-Zmiri-disable-isolation PROPTEST_CASES=2 RUST_BACKTRACE=0
+# Property tests look for old failures in files. Tree Borrows: bitvec keeps a bit's number in a reference to
+# nothing, which Stacked Borrows forbids.
+export MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-tree-borrows" PROPTEST_CASES=2 RUST_BACKTRACE=0
 miri() { cargo "+$toolchain" miri test -q --locked "$@"; }
 # All bits of a page, one by one, take an hour here.
 miri -p fvd-format --lib -- --skip any_flipped_bit
-miri -p fvd-engine --lib
+# bitvec makes pointers of numbers, which Miri cannot follow: not where it is the oracle.
+miri -p fvd-engine --lib -- --skip bitvec
 miri -p fvd-engine --test panic
 miri -p fvd-capi --lib
 MIRIFLAGS+=" -Zmiri-many-seeds=0..${SEEDS:-4}" miri -p fvd-engine --test engine -- threads::

@@ -253,7 +253,8 @@ fn a_bracket_ended_on_another_thread_wakes_the_narrowing() {
     let image = Image::new(config);
     let worker = Worker::new(&image, &files, 0);
     worker.ask(Request::Open);
-    for round in 0..if cfg!(miri) { 6 } else { 200u64 } {
+    let rounds = if cfg!(miri) { 6 } else { 200u64 };
+    for round in 0..rounds {
         let fvd_engine::Lookup::Data { token, .. } = image.lookup(5, 512 * KIB, 512, true) else { panic!("not data") };
         let other = image.clone();
         let ender = std::thread::spawn(move || {
