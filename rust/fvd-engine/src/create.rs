@@ -163,12 +163,11 @@ impl<H: Host> Queue<H> {
 
     /// Reads the base before the image is open.
     async fn read_base_created(self: &Rc<Self>, header: &Header, at: u64, len: u64) -> Result<Vec<u8>> {
+        assert!(at < header.base_length, "the bitmap covers whole blocks of the base");
         let mut out = vec![0; len as usize];
-        let usable = header.base_length.saturating_sub(at).min(len);
-        if usable > 0 {
-            let (buf, skip) = self.read_own(FileId::Base, at, usable).await?;
-            buf.for_each(skip, usable as usize, |i, piece| out[i..i + piece.len()].copy_from_slice(piece));
-        }
+        let usable = (header.base_length - at).min(len);
+        let (buf, skip) = self.read_own(FileId::Base, at, usable).await?;
+        buf.for_each(skip, usable as usize, |i, piece| out[i..i + piece.len()].copy_from_slice(piece));
         Ok(out)
     }
 

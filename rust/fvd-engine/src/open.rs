@@ -182,7 +182,7 @@ impl<H: Host> Queue<H> {
 impl Image {
     /// Refuses what the limit on metadata memory could never serve, before anything is allocated for
     /// it: after this the length of the bitmap is bounded.
-    fn check_metadata_memory(&self, header: &Header) -> Result<()> {
+    pub(crate) fn check_metadata_memory(&self, header: &Header) -> Result<()> {
         let memory = self.config.metadata_memory;
         match header.region(RegionKind::PageMap) {
             Some(map) if map.length > memory && !self.config.no_io => {

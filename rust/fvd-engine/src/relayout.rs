@@ -123,8 +123,10 @@ impl<H: Host> Queue<H> {
             change(&mut header);
             header
         };
-        if fill == Fill::Keep {
-            self.load_for_rebuild(&changed(image.header())).await?;
+        let wanted = changed(image.header());
+        match fill {
+            Fill::Keep => self.load_for_rebuild(&wanted).await?,
+            Fill::Base => image.check_capacity(&wanted)?,
         }
         let _hold = self.hold_metadata().await?;
         let _loads = image.load_lock.lock().await;
@@ -133,6 +135,8 @@ impl<H: Host> Queue<H> {
         let old = image.header();
         let mut new = changed(old.clone());
         let fresh = place_anew(&old, &mut new, data_end)?;
+        // Else the image could not be opened again as this one is.
+        image.check_metadata_memory(&new)?;
         self.claim(&fresh).await?;
         let blocks = new.blocks();
         let map_words = self.write_new_regions(&mut new, |page| image.page_of_rebuilt(&old, fill, blocks, page)).await?;
@@ -170,9 +174,7 @@ impl<H: Host> Queue<H> {
         if old.covered == 0 {
             return Ok(());
         }
-        if new.blocks() > image.bits().capacity() {
-            return fail(Kind::Unsupported, "the bitmap cannot be enlarged that far while the image is open; open it again");
-        }
+        image.check_capacity(new)?;
         self.load_blocks(0, old.blocks()).await?;
         let block = u64::from(old.block_size);
         let edge = old.base_length.min(old.covered);
@@ -311,6 +313,16 @@ fn successor(old: &Header, kind: RegionKind, offset: u64, length: u64) -> Result
 }
 
 impl Image {
+    /// Refuses a bitmap that the spine could never name: readers hold the one of this session (see [`Bits`]).
+    fn check_capacity(&self, new: &Header) -> Result<()> {
+        match self.map.bits.get() {
+            Some(bits) if new.blocks() > bits.capacity() => {
+                fail(Kind::Unsupported, format!("the bitmap cannot be enlarged to {} blocks; convert the image, with larger blocks", new.blocks()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Words of page `index` of the bitmap of `blocks` blocks that replaces `old`'s; `None`: all 0.
     fn page_of_rebuilt(&self, old: &Header, fill: Fill, blocks: u64, index: u64) -> Option<Vec<u64>> {
         if fill == Fill::Base {

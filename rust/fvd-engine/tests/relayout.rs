@@ -10,6 +10,8 @@ use common::*;
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FileId, Limits, OpKind};
 use fvd_engine::{Config, Kind, Request};
+use fvd_format::RegionKind;
+use fvd_format::header::HEADER_OFFSETS;
 use std::rc::Rc;
 
 /// Guest block: 4 KiB.
@@ -282,9 +284,109 @@ fn without_space_nothing_changes() {
     sim.ask(Request::ChangeBase { name: "longer".into(), format: "raw".into() }).unwrap();
     assert!(sim.world.log.borrow().iter().any(|text| text.contains("does not reach as far")), "{:?}", sim.world.log.borrow());
     assert!(sim.info().header.covered < 4 << 20);
+    let growth = Request::Resize { size: 5 << 20, zeroed: true };
+    assert_eq!(sim.ask(growth).unwrap_err().kind, Kind::NoSpace);
+    assert_eq!(sim.info().header.virtual_size, 4 << 20);
     let expect: Vec<u8> = base[..100].iter().copied().chain([3; 10]).chain(base[110..1024].iter().copied()).collect();
     let sim = Sim::try_open(&sim.close(), Some(base.clone()), fixed, Config::default()).unwrap();
     same(&sim.read(0, 1024), &expect, "as before");
     assert_eq!(sim.check(), (0, vec![]));
     sim.close();
+}
+
+/// Nothing was written yet: the disk is its base already.
+#[test]
+fn emptying_a_pristine_disk_writes_nothing() {
+    let params = fvd_engine::CreateParams { base_name: String::new(), base_format: String::new(), ..over_base(DISK) };
+    let sim = Sim::open(&create(params, None, limits(1)).unwrap(), Some(base()));
+    sim.counts();
+    sim.ask(Request::MakeEmpty).unwrap();
+    assert_eq!(sim.counts(), Counts::default());
+    same(&sim.read(0, DISK), &base()[..DISK as usize], "disk");
+    sim.close();
+}
+
+/// What an image is left as that refused to build its regions anew: usable.
+fn goes_on(sim: Sim, base: &[u8]) {
+    sim.write(BLOCK as u64, vec![5; BLOCK]);
+    sim.flush();
+    let sim = Sim::try_open(&sim.close(), Some(base.to_vec()), limits(1), Config::default()).unwrap();
+    assert_eq!(sim.read(BLOCK as u64, BLOCK as u64), vec![5; BLOCK]);
+    same(&sim.read(0, BLOCK as u64), &base[..BLOCK], "disk");
+    assert_eq!(sim.check(), (0, vec![]));
+    sim.close();
+}
+
+/// Readers find the bitmap through a spine that never moves; how far it reaches was settled at open.
+#[test]
+fn a_bitmap_that_would_outgrow_its_spine_is_refused() {
+    let base = base()[..BASE_SHORT].to_vec();
+    let params = fvd_engine::CreateParams { virtual_size: Some(1 << 52), ..over_base(0) };
+    let image = create(params, Some(base.clone()), limits(1)).unwrap();
+    let rebase = || Request::ChangeBase { name: "another".into(), format: "raw".into() };
+    let open = |base: Option<Vec<u8>>, memory| Sim::try_open(&image, base, limits(1), Config { metadata_memory: memory, ..Config::default() }).unwrap();
+    // Both ask for bits for the whole disk: a base of unknown length, and emptying.
+    for (sim, request) in [(open(None, u64::MAX), rebase()), (open(Some(base.clone()), 1 << 30), Request::MakeEmpty)] {
+        let before = sim.info().header;
+        sim.counts();
+        let error = sim.ask(request).unwrap_err();
+        assert!(error.kind == Kind::Unsupported && error.text.contains("convert"), "{error}");
+        assert_eq!(sim.counts().writes, 0);
+        assert_eq!(sim.info().header, before);
+        let base = sim.world.base.clone().unwrap_or_else(|| vec![0; BLOCK]);
+        goes_on(sim, &base);
+    }
+    // Within the limit on memory it would not have come that far; a base is only told of it.
+    let sim = open(None, 1 << 30);
+    sim.ask(rebase()).unwrap();
+    assert!(sim.world.log.borrow().iter().any(|text| text.contains("does not reach as far")), "{:?}", sim.world.log.borrow());
+    goes_on(sim, &vec![0; BLOCK]);
+}
+
+/// What makes a bitmap leaves an image that opens again as it was opened.
+#[test]
+fn a_page_map_beyond_the_memory_limit_is_not_made() {
+    let params = fvd_engine::CreateParams { base_name: String::new(), base_format: String::new(), ..over_base(1 << 52) };
+    let image = create(params, None, limits(1)).unwrap();
+    let base = base();
+    // 2³¹ blocks, 66,053 pages of bitmap, 3 of page map.
+    for (memory, fits) in [(3 * 4096 - 1, false), (3 * 4096, true)] {
+        let config = Config { metadata_memory: memory, ..Config::default() };
+        let open = |bytes: &Store| Sim::try_open(bytes, Some(base.clone()), limits(1), config.clone()).unwrap();
+        let sim = open(&image);
+        sim.counts();
+        let result = sim.ask(Request::Write { offset: 0, buf: Buf::new(vec![1; BLOCK]), fua: false });
+        if !fits {
+            let error = result.unwrap_err();
+            assert!(error.kind == Kind::NoMemory && error.text.contains("page map"), "{error}");
+            assert_eq!(sim.counts().writes, 0);
+        }
+        let header = sim.info().header;
+        assert_eq!(header.region(RegionKind::PageMap).map(|r| r.pages()), fits.then_some(3));
+        let sim = open(&sim.close());
+        assert_eq!(sim.info().header.virtual_size, 1 << 52);
+        sim.close();
+    }
+}
+
+/// Generations tell pages of a region from those of the one before: none may come twice.
+#[test]
+fn a_region_that_was_rebuilt_too_often_is_not_rebuilt() {
+    let base = base();
+    let mut image = create(over_base(DISK), Some(base.clone()), limits(1)).unwrap();
+    let header = {
+        let sim = Sim::open(&image, Some(base.clone()));
+        let mut header = sim.info().header;
+        header.region_mut(RegionKind::Bitmap).as_mut().unwrap().generation = u32::MAX;
+        sim.close();
+        header
+    };
+    for copy in [1, 2] {
+        image.write(HEADER_OFFSETS[copy - 1], &header.encode(copy));
+    }
+    let sim = Sim::open(&image, Some(base.clone()));
+    let error = sim.ask(Request::MakeEmpty).unwrap_err();
+    assert!(error.kind == Kind::Unsupported && error.text.contains("convert"), "{error}");
+    assert_eq!(sim.info().header.regions, header.regions);
+    goes_on(sim, &base);
 }

@@ -4,6 +4,7 @@
 use crate::common::*;
 use crate::samples::*;
 use fvd_engine::Kind;
+use fvd_engine::host::OpKind;
 use fvd_format::double_write::{Batch, BatchEntry};
 use fvd_format::header::{REGION_SLOTS, Region};
 use fvd_format::journal::{self, CommitId, Record};
@@ -493,6 +494,58 @@ fn a_long_page_map_is_survived() {
         }
         wrong
     });
+}
+
+/// One damaged page of the page map is enough, wherever it is among good ones.
+#[test]
+fn a_page_map_with_a_damaged_page_is_refused() {
+    for sample in [closed(), cut()] {
+        for bad in 0..4 {
+            let at = sample.header.file_length_min().next_multiple_of(4096);
+            let mut bytes = with_header(&sample, |h| {
+                let map = h.region_mut(RegionKind::PageMap).as_mut().unwrap();
+                (map.offset, map.length, map.count_sum) = (at, 4 * 4096, 4);
+            });
+            for index in 0..4 {
+                let mut page = sealed(&sample, RegionKind::PageMap, index, 1, sample.header.last_checkpoint, 0);
+                page[100] ^= u8::from(index == bad);
+                bytes.write(at + index * 4096, &page);
+            }
+            for read_only in [true, false] {
+                let outcome = tried(&bytes, &sample, read_only);
+                assert!(matches!(outcome, Ok(Outcome::Refused(Kind::Corrupt))), "{}, page {bad}, read-only {read_only}: {outcome:?}", sample.name);
+            }
+        }
+    }
+}
+
+/// The journal is read twice, to find its commits and to replay them. Storage that changes it in
+/// between is not believed.
+#[test]
+fn a_journal_that_changes_while_it_is_read_is_refused() {
+    let sample = cut();
+    let journal = *sample.header.region(RegionKind::Journal).unwrap();
+    let first = journal.offset + sample.header.first_seq % journal.pages() * 4096;
+    for (byte, to) in [(100, 0xff), (24, 0xee)] {
+        for read_only in [true, false] {
+            let world = World::new(sample.bytes.clone(), Some(sample.base.clone()), 1, sim::limits(1));
+            let queue = world.queue(fvd_engine::Config { read_only, ..fvd_engine::Config::default() });
+            queue.submit(fvd_engine::Request::Open, 1);
+            queue.run();
+            // After the whole journal was read: the next read of its first unit is the replay's.
+            let scanned = || world.trace.borrow().iter().filter(|t| t.kind == OpKind::Read && t.offset >= journal.offset && t.offset < journal.end()).map(|t| t.len).sum::<u64>();
+            while scanned() < journal.length {
+                assert!(world.step(&queue));
+                queue.run();
+            }
+            world.disk.borrow_mut().view.write(first + byte, &[to]);
+            world.drain(&queue);
+            let (_, result) = world.results.borrow_mut().pop().expect("the open ended");
+            let error = result.unwrap_err();
+            assert!(error.kind == Kind::Corrupt && error.text.contains("changed while"), "byte {byte}, read-only {read_only}: {error}");
+            assert_eq!(world.counts.borrow().writes, 0, "a refused open wrote");
+        }
+    }
 }
 
 /// A header that describes the largest disk there can be, in a file that pretends to hold it.

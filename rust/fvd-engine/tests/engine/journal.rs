@@ -4,7 +4,7 @@
 use crate::common::sim::*;
 use crate::common::*;
 use fvd_engine::host::{FileId, HostOp, OpKind};
-use fvd_engine::{Config, CreateParams, Request};
+use fvd_engine::{Config, CreateParams, Kind, Request};
 use fvd_format::RegionKind;
 
 const BLOCK: u64 = 4096;
@@ -292,6 +292,46 @@ fn concurrent_flushes_share_one_commit() {
     assert_eq!(sim.stats().commits, before + 1);
     // The first one's two syncs; the others came after it froze and share one more.
     assert_eq!(sim.counts().syncs, 3);
+    sim.close();
+}
+
+/// Flushes that share a commit share its failure; the next one repeats it.
+#[test]
+fn a_failed_commit_fails_every_flush_that_shares_it() {
+    let sim = large(MIB);
+    let journal = *sim.info().header.region(RegionKind::Journal).unwrap();
+    let appends = |op: &HostOp<Buf>| op.kind == OpKind::Write { fua: false } && (journal.offset..journal.end()).contains(&op.offset);
+    sim.write(0, vec![1; 4096]);
+    sim.queue.submit(Request::Flush, 1);
+    sim.queue.run();
+    // The commit of the first flush hangs in its data sync; a write ends, and three flushes must cover it.
+    let held = |op: &HostOp<Buf>| op.kind == OpKind::Flush;
+    assert!(ask_held(&sim, write_request(BLOCK, BLOCK, 2), &held));
+    for id in 2..5 {
+        sim.queue.submit(Request::Flush, id);
+    }
+    sim.queue.run();
+    while !sim.world.results.borrow().iter().any(|r| r.0 == 1) {
+        assert!(sim.world.step(&sim.queue));
+        sim.queue.run();
+    }
+    // Their commit's append fails.
+    while !sim.world.pending.borrow().iter().any(|p| appends(&p.1)) {
+        assert!(sim.world.step(&sim.queue));
+        sim.queue.run();
+    }
+    *sim.world.plan.borrow_mut() = Plan { fail_at: Some(sim.world.ops.get()), errno: ENOSPC, ..Plan::default() };
+    sim.world.drain(&sim.queue);
+    let mut results = sim.world.results.take();
+    results.sort_by_key(|r| r.0);
+    assert_eq!(results.iter().map(|r| r.0).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    assert!(results[0].1.is_ok(), "{results:?}");
+    assert!(results[1..].iter().all(|r| r.1.as_ref().is_err_and(|e| e.kind == Kind::NoSpace)), "{results:?}");
+    assert!(!sim.queue.image().is_poisoned() && sim.stats().commits == 1);
+    sim.flush();
+    assert_eq!(sim.stats().commits, 2);
+    let sim = Sim::open(&sim.crash(), None);
+    assert_eq!(sim.read(0, 2 * BLOCK), [vec![1; 4096], vec![2; 4096]].concat());
     sim.close();
 }
 

@@ -493,6 +493,35 @@ fn a_panic_within_a_request_leaves_a_queue_that_reads() {
     }
 }
 
+/// The host may still be writing to the memory of a request that panicked: it ends when the last
+/// of its operations has, and not before.
+#[test]
+fn a_request_that_panicked_ends_after_its_operations() {
+    let base = base_image(10);
+    let sim = Sim::new(over_base(MIB), Some(base.clone()));
+    sim.write(0, vec![1; 4096]);
+    sim.flush();
+    // The first part comes from the image, the second from the base; the rest is zeroed, which panics.
+    let buf = Buf::new(vec![0; 8192]);
+    let borrowed = buf.0.borrow();
+    caught(|| sim.queue.submit(Request::Read { offset: 0, buf: buf.clone() }, 1)).expect("nothing unwinds out of the engine");
+    drop(borrowed);
+    assert!(sim.queue.image().is_poisoned());
+    for under_way in [2, 1] {
+        assert_eq!(sim.world.pending.borrow().len(), under_way);
+        assert!(sim.world.results.borrow().is_empty(), "the request ended while the host has its memory");
+        assert!(sim.world.step(&sim.queue));
+        sim.queue.run();
+    }
+    let results = sim.world.results.take();
+    assert!(matches!(&results[..], [(1, Err(error))] if error.kind == Kind::Poisoned && error.text.contains("internal error")), "{results:?}");
+    assert!(sim.queue.is_idle());
+    same(&sim.read(4096, 1024), &base[4096..], "reads go on");
+    let again = Sim::open(&sim.crash(), Some(base));
+    assert_eq!(again.read(0, 4096), vec![1; 4096]);
+    again.close();
+}
+
 /// Every operation of a session fails once: requests fail with its errno, memory and disk agree,
 /// and the image opens afterwards with nothing lost that was flushed.
 #[test]

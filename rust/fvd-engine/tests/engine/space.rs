@@ -390,6 +390,36 @@ fn creation_says_what_is_wrong_with_which_value() {
     sim.close();
 }
 
+/// A host that cannot say how long a run of the base is must not keep creation in a loop, nor lead it beyond the base.
+#[test]
+fn creation_refuses_a_block_status_that_makes_no_sense() {
+    for answer in [0, 1 << 40, (1 << 40) | fvd_engine::host::STATUS_DATA] {
+        let world = World::new(Store::default(), Some(holed()), 1, limits(1));
+        let queue = world.queue(Config::default());
+        // The base's length is the first thing asked for.
+        *world.plan.borrow_mut() = Plan { fail_at: Some(1), errno: answer, ..Plan::default() };
+        let params = CreateParams { detect_sparse_hole: 1, ..over_base(MIB) };
+        let error = world.request(&queue, Request::Create(Box::new(params))).unwrap().unwrap_err();
+        assert!(error.kind == Kind::Host(5) && error.text.contains("block status"), "{answer}: {error}");
+        assert_eq!(world.trace.borrow().iter().filter(|t| t.file == FileId::Image).count(), 0, "nothing was begun");
+    }
+}
+
+#[test]
+fn creation_on_storage_that_is_too_short_leaves_it_alone() {
+    let fixed = Limits { grows_zeroed: false, ..limits(1) };
+    let mut device = Store::default();
+    device.write(0, &tagged(9, 0, MIB));
+    let world = World::new(device, None, 1, fixed);
+    let queue = world.queue(Config::default());
+    let error = world.request(&queue, Request::Create(Box::new(over_base(MIB)))).unwrap().unwrap_err();
+    assert!(error.kind == Kind::NoSpace && error.text.contains("1048576"), "{error}");
+    assert_eq!(world.counts.borrow().writes, 0);
+    let mut kept = vec![0; MIB as usize];
+    world.disk.borrow().view.read(0, &mut kept);
+    same(&kept, &tagged(9, 0, MIB), "the storage");
+}
+
 #[test]
 fn a_disk_without_a_base_serves_everything_and_a_disk_of_nothing_opens() {
     for size in [0, 512, MIB] {

@@ -12,6 +12,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 const BLOCK: u64 = 4096;
+/// Blocks of a disk: Miri (`scripts/miri.sh`) is a thousand times slower.
+const BLOCKS: u64 = if cfg!(miri) { 3 } else { 256 };
 
 #[test]
 fn an_image_may_be_shared_by_threads() {
@@ -31,7 +33,7 @@ impl Bell {
     fn wait(&self) -> bool {
         let mut rung = self.rung.lock().unwrap();
         while !*rung {
-            let (guard, timeout) = self.condition.wait_timeout(rung, Duration::from_secs(20)).unwrap();
+            let (guard, timeout) = self.condition.wait_timeout(rung, Duration::from_secs(if cfg!(miri) { 3600 } else { 20 })).unwrap();
             rung = guard;
             if timeout.timed_out() {
                 return false;
@@ -173,8 +175,9 @@ fn files(bytes: &Store, base: &[u8]) -> Arc<Files> {
 
 /// Each block is written half by one thread and half by the other: they meet at the range locks,
 /// at commits, at the loading of pages and at read-modify-write.
-fn halves(align: u32, rounds: u64) {
-    let blocks = 256;
+fn halves(align: u32, laps: u64) {
+    let blocks = BLOCKS;
+    let rounds = blocks * if cfg!(miri) { 2 } else { laps };
     let base = base_image(blocks * 8);
     let bytes = create(over_base(blocks * BLOCK), Some(base.clone()), limits(align)).unwrap();
     let files = files(&bytes, &base);
@@ -231,12 +234,12 @@ fn halves(align: u32, rounds: u64) {
 
 #[test]
 fn two_threads_copy_on_write_the_same_blocks() {
-    halves(512, 256 * 12);
+    halves(512, 12);
 }
 
 #[test]
 fn two_threads_modify_the_same_host_sectors() {
-    halves(4096, 256 * 8);
+    halves(4096, 8);
 }
 
 /// A request of one thread waits for what the other thread holds, and is woken by its end.
@@ -250,7 +253,8 @@ fn a_bracket_ended_on_another_thread_wakes_the_narrowing() {
     let image = Image::new(config);
     let worker = Worker::new(&image, &files, 0);
     worker.ask(Request::Open);
-    for round in 0..200u64 {
+    let rounds = if cfg!(miri) { 6 } else { 200u64 };
+    for round in 0..rounds {
         let fvd_engine::Lookup::Data { token, .. } = image.lookup(5, 512 * KIB, 512, true) else { panic!("not data") };
         let other = image.clone();
         let ender = std::thread::spawn(move || {
