@@ -108,12 +108,14 @@ pub enum Fault {
     BaseErrorIsNone,
     /// A sync that passed is believed though another failed meanwhile (R11).
     SyncBesideFailed,
+    /// The header lets go of the journal when the first batch of a checkpoint, or of recovery, is in place.
+    HeaderAmongBatches,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 49] = [
+    pub const ALL: [Fault; 50] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -163,5 +165,6 @@ impl Fault {
         Self::BaseErrorIsZero,
         Self::BaseErrorIsNone,
         Self::SyncBesideFailed,
+        Self::HeaderAmongBatches,
     ];
 }

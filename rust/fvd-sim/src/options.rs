@@ -104,6 +104,8 @@ pub struct Options {
     pub inline_percent: u64,
     /// Journal units after which a checkpoint starts; 0: half the journal.
     pub checkpoint_after: u64,
+    /// Pages of a checkpoint's batch; 0: as many as there is room for.
+    pub batch_pages: usize,
     /// Longest time that metadata stays uncommitted.
     pub commit_interval_ns: u64,
     /// Latency of the image and of the base.
@@ -172,6 +174,7 @@ impl Options {
             hot_percent: p.pick(&[0, 25, 60]),
             inline_percent: p.pick(&[0, 0, 0, 30, 100]),
             checkpoint_after: p.pick(&[0, 1, 2, 4, 9, 30]),
+            batch_pages: p.pick(&[0, 1, 1, 2]),
             commit_interval_ns: p.pick(&[5 * SECOND, 5 * SECOND, MS, 100 * MS]),
             latency: [Latency::disk(p), Latency::network(p)],
             fail_percent: p.pick(&[0, 0, 30, 60]),
