@@ -28,7 +28,7 @@ impl<H: Host> Queue<H> {
         self.restore_batch(&header).await?;
         self.load_page_map().await?;
         let scan = self.scan_journal(&header).await?;
-        if scan.damaged {
+        if scan.damaged && !faulty!(image, DamageIsCut) {
             let text = "the journal is damaged: valid units follow a bad one";
             if !image.config.read_only {
                 return fail(Kind::Corrupt, format!("{text}; open read-only, or run a check"));
@@ -71,7 +71,13 @@ impl<H: Host> Queue<H> {
     /// A page that the journal changes and that is damaged is told of at once, as a writable open does.
     async fn look_at_replayed(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        let mut pages = image.meta().replayed.indices();
+        let mut pages = {
+            let meta = image.meta();
+            let region = meta.header.as_ref().and_then(|header| header.region(RegionKind::Bitmap).copied());
+            let mut pages = meta.replayed.indices();
+            pages.retain(|page| region.is_some_and(|region| meta.is_stored(region.map_first + page)));
+            pages
+        };
         while let Some(first) = pages.pop_first() {
             let rest = pages.split_off(&(first + SEGMENT_PAGES));
             pages.insert(first);
