@@ -72,6 +72,10 @@ impl<H: Host> Queue<H> {
             (meta.count_sums.clone(), (meta.next_seq, meta.next_commit))
         };
         let (seq, commit) = if faulty!(image, FirstSequenceTooFar) { now } else { (seq, commit) };
+        if faulty!(image, JournalReusedEarly) {
+            image.meta().header.as_mut().expect("open").first_seq = seq;
+            image.checkpoint_wait.wake_all();
+        }
         self.update_header(|header| {
             header.first_seq = seq;
             header.first_commit = commit;

@@ -110,12 +110,20 @@ pub enum Fault {
     SyncBesideFailed,
     /// The header lets go of the journal when the first batch of a checkpoint, or of recovery, is in place.
     HeaderAmongBatches,
+    /// What changes while the data is synced goes into the commit on its way (R1).
+    FreezeAfterSync,
+    /// Units are written again once the pages are in place, before the header says so (R2).
+    JournalReusedEarly,
+    /// Recovery takes damage in the middle of the journal for the end of a session (R2).
+    DamageIsCut,
+    /// The timer of the background commit runs once (R1).
+    TimerNotRearmed,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 50] = [
+    pub const ALL: [Fault; 54] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -166,5 +174,9 @@ impl Fault {
         Self::BaseErrorIsNone,
         Self::SyncBesideFailed,
         Self::HeaderAmongBatches,
+        Self::FreezeAfterSync,
+        Self::JournalReusedEarly,
+        Self::DamageIsCut,
+        Self::TimerNotRearmed,
     ];
 }

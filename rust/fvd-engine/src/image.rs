@@ -292,7 +292,9 @@ impl Image {
     /// Whether pending changes are to be committed now that the timer fired.
     pub(crate) fn timer_fired(&self) -> bool {
         let mut meta = self.meta();
-        meta.timer_at = None;
+        if !faulty!(self, TimerNotRearmed) {
+            meta.timer_at = None;
+        }
         !meta.pending.is_empty() && self.state() == State::Open && !self.is_poisoned()
     }
 

@@ -16,7 +16,8 @@ pub struct Config {
     pub no_io: bool,
     /// Longest time that metadata stays uncommitted without a flush: nanoseconds, > 0.
     pub commit_interval_ns: u64,
-    /// Journal units after whose use a checkpoint starts; 0: half the journal.
+    /// Journal units after whose use a checkpoint starts; 0: half the journal. Beyond the whole journal: it
+    /// starts when the next commit finds no room.
     pub checkpoint_after: u64,
     /// Most pages of the bitmap that a checkpoint writes in one batch; 0: as many as there is room for.
     pub batch_pages: usize,
