@@ -180,7 +180,7 @@ impl Meta {
         if !self.replayed.is_empty() {
             return self.fetched.get(&index).map(|page| (page.words.clone(), page.write_count));
         }
-        let words = self.stable.get(&index).cloned().unwrap_or_else(|| image.bits().page_words(index));
+        let words = self.stable.get(&index).filter(|_| !faulty!(image, CheckpointFromMemory)).cloned().unwrap_or_else(|| image.bits().page_words(index));
         (!image.bits().is_bad(index)).then(|| (words, image.bits().count(index)))
     }
 

@@ -118,12 +118,16 @@ pub enum Fault {
     DamageIsCut,
     /// The timer of the background commit runs once (R1).
     TimerNotRearmed,
+    /// A checkpoint writes pages as they are in memory, ahead of what is committed (R3).
+    CheckpointFromMemory,
+    /// Emptying gives back to the base only what has a bit already.
+    EmptyWithinCovered,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 54] = [
+    pub const ALL: [Fault; 56] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -178,5 +182,7 @@ impl Fault {
         Self::JournalReusedEarly,
         Self::DamageIsCut,
         Self::TimerNotRearmed,
+        Self::CheckpointFromMemory,
+        Self::EmptyWithinCovered,
     ];
 }

@@ -215,7 +215,7 @@ impl World {
                 for segment in &mut op.segments {
                     let n = segment.len();
                     match segment {
-                        Segment::Own { buf, at: to, len } if !base && to.is_multiple_of(4096) && len.is_multiple_of(4096) && at % PAGE == 0 => {
+                        Segment::Own { buf, at: to, len } if !base && to.is_multiple_of(4096) && len.is_multiple_of(4096) && at.is_multiple_of(PAGE) => {
                             // Without a copy: what is measured is the engine.
                             for (i, page) in buf.pages_mut()[*to / 4096..(*to + *len) / 4096].iter_mut().enumerate() {
                                 file.read(at + i as u64 * PAGE, &mut page.0);
