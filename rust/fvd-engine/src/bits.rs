@@ -59,6 +59,22 @@ impl Segment {
         self.counts[page as usize].store(write_count, Ordering::Relaxed);
     }
 
+    /// Sets or clears `first..end`, counted from the segment's first bit.
+    pub(crate) fn write(&self, first: u64, end: u64, value: bool) {
+        let mut at = first;
+        while at < end {
+            let n = (64 - at % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - n)) << (at % 64);
+            let word = &self.words[(at / 64) as usize];
+            if value {
+                word.fetch_or(mask, Ordering::Release);
+            } else {
+                word.fetch_and(!mask, Ordering::Release);
+            }
+            at += n;
+        }
+    }
+
     /// Marks page `page` (0…63) as damaged.
     pub(crate) fn mark_bad(&self, page: u64) {
         self.bad.fetch_or(1 << page, Ordering::Relaxed);
@@ -168,14 +184,8 @@ impl Bits {
         while at < end {
             let segment = self.segment(at / SEGMENT_BITS).expect("segment loaded before its bits change");
             let within = at % SEGMENT_BITS;
-            let n = (64 - within % 64).min(end - at);
-            let mask = (u64::MAX >> (64 - n)) << (within % 64);
-            let word = &segment.words[(within / 64) as usize];
-            if value {
-                word.fetch_or(mask, Ordering::Release);
-            } else {
-                word.fetch_and(!mask, Ordering::Release);
-            }
+            let n = (SEGMENT_BITS - within).min(end - at);
+            segment.write(within, within + n, value);
             at += n;
         }
     }

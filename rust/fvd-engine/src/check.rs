@@ -76,7 +76,7 @@ impl<H: Host> Queue<H> {
         // while no checkpoint is half done.
         let quiet = {
             let meta = image.meta();
-            meta.dirty_pages.is_empty() && meta.written.is_empty() && meta.overlay.is_empty() && !meta.checkpointing
+            meta.dirty_pages.is_empty() && meta.written.is_empty() && meta.overlay.is_empty() && meta.replayed.is_empty() && !meta.checkpointing
         };
         let bad = (0..region.pages()).any(|p| image.bits().is_bad(p));
         if quiet && !bad {

@@ -52,17 +52,18 @@ impl<H: Host> Queue<H> {
             self.update_header(|header| (header.first_seq, header.first_commit) = (seq, commit)).await?;
         }
         while !pages.is_empty() || !image.meta().dirty_map_pages.is_empty() {
-            // Room for page-map pages and for what the write granule adds.
-            let most = (BATCH_PAGES_MAX / 2) / (image.granule() / PAGE_SIZE);
-            let rest = match pages.iter().nth(most).copied() {
+            let mut rest = match pages.iter().nth(image.batch_most()).copied() {
                 Some(key) => pages.split_off(&key),
                 None => BTreeSet::new(),
             };
-            if let Err(error) = self.write_batch(&pages, number).await {
+            if let Err(error) = self.write_part(&pages, &mut rest, number).await {
                 let mut meta = image.meta();
                 meta.dirty_pages.extend(pages);
                 meta.dirty_pages.extend(rest);
                 return Err(error);
+            }
+            if faulty!(image, HeaderAmongBatches) && !rest.is_empty() {
+                self.update_header(|header| (header.first_seq, header.first_commit) = (seq, commit)).await?;
             }
             pages = rest;
         }
@@ -71,6 +72,10 @@ impl<H: Host> Queue<H> {
             (meta.count_sums.clone(), (meta.next_seq, meta.next_commit))
         };
         let (seq, commit) = if faulty!(image, FirstSequenceTooFar) { now } else { (seq, commit) };
+        if faulty!(image, JournalReusedEarly) {
+            image.meta().header.as_mut().expect("open").first_seq = seq;
+            image.checkpoint_wait.wake_all();
+        }
         self.update_header(|header| {
             header.first_seq = seq;
             header.first_commit = commit;
@@ -88,6 +93,21 @@ impl<H: Host> Queue<H> {
         meta.written.clear();
         meta.stats.checkpoints += 1;
         Ok(())
+    }
+
+    /// Writes `pages`. Recovery has only those in memory that it is about to write, and may find more.
+    async fn write_part(self: &Rc<Self>, pages: &BTreeSet<u64>, rest: &mut BTreeSet<u64>, number: u64) -> Result<()> {
+        let image = self.image().clone();
+        if image.meta().replayed.is_empty() {
+            return self.write_batch(pages, number).await;
+        }
+        self.fetch_pages(pages).await?;
+        let group = (image.granule() / PAGE_SIZE) as u64;
+        let found = std::mem::take(&mut image.meta().dirty_pages);
+        rest.extend(found.into_iter().filter(|p| pages.range(p / group * group..(p / group + 1) * group).next().is_none()));
+        let result = self.write_batch(pages, number).await;
+        image.meta().fetched.clear();
+        result
     }
 
     /// One batch: area → sync → in place → sync.
@@ -144,7 +164,36 @@ impl<H: Host> Queue<H> {
     }
 }
 
+impl Image {
+    /// Most pages that a batch is asked for: there must be room for pages of the page map, and for what
+    /// the write granule adds.
+    fn batch_most(&self) -> usize {
+        let most = (BATCH_PAGES_MAX / 2) / (self.granule() / PAGE_SIZE);
+        if self.config.batch_pages == 0 { most } else { most.min(self.config.batch_pages) }
+    }
+}
+
 impl Meta {
+    /// The words of bitmap page `index` as completed commits say, and its write count; `None` if it is
+    /// damaged.
+    fn stable_page(&self, image: &Image, index: u64) -> Option<(Box<[u64]>, u32)> {
+        if !self.replayed.is_empty() {
+            return self.fetched.get(&index).map(|page| (page.words.clone(), page.write_count));
+        }
+        let words = self.stable.get(&index).filter(|_| !faulty!(image, CheckpointFromMemory)).cloned().unwrap_or_else(|| image.bits().page_words(index));
+        (!image.bits().is_bad(index)).then(|| (words, image.bits().count(index)))
+    }
+
+    /// Sets the write count of bitmap page `index`; returns what it was.
+    fn replace_count(&mut self, image: &Image, index: u64, count: u32) -> u32 {
+        if let Some(page) = self.fetched.get_mut(&index) {
+            return std::mem::replace(&mut page.write_count, count);
+        }
+        let before = image.bits().count(index);
+        image.bits().set_count(index, count);
+        before
+    }
+
     /// Seals the stable images of `pages`, of what shares their write granule, and of the page-map
     /// pages that record them, in region and index order.
     fn seal_batch(&mut self, image: &Image, header: &Header, pages: &BTreeSet<u64>, checkpoint: u64) -> Vec<Sealed> {
@@ -152,10 +201,11 @@ impl Meta {
         let region = *header.region(RegionKind::Bitmap).expect("image with a bitmap");
         let mut all = BTreeSet::new();
         for page in pages {
-            all.extend((page / group * group..(page / group + 1) * group).filter(|p| *p < region.pages() && !image.bits().is_bad(*p)));
+            all.extend((page / group * group..(page / group + 1) * group).filter(|p| *p < region.pages()));
         }
+        let all: Vec<_> = all.into_iter().filter_map(|index| self.stable_page(image, index).map(|page| (index, page))).collect();
         if !faulty!(image, PageMapForgotten) {
-            for page in &all {
+            for (page, _) in &all {
                 let bit = region.map_first + page;
                 if !self.is_stored(bit) {
                     let within = bit % PAYLOAD_BITS;
@@ -178,14 +228,9 @@ impl Meta {
             let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
         }
-        for index in all {
-            let words = match self.stable.get(&index) {
-                Some(words) => words.clone(),
-                _ => image.bits().page_words(index),
-            };
-            let before = image.bits().count(index);
+        for (index, (words, before)) in all {
             let write_count = self.count_page(image, RegionKind::Bitmap, index, before);
-            image.bits().set_count(index, write_count);
+            self.replace_count(image, index, write_count);
             let place = PageHeader { kind: RegionKind::Bitmap, generation: region.generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
         }
@@ -198,11 +243,7 @@ impl Meta {
         for page in sealed {
             let count = match page.kind {
                 RegionKind::PageMap => std::mem::replace(&mut self.page_map_counts[page.index as usize], page.count_before),
-                _ => {
-                    let count = image.bits().count(page.index);
-                    image.bits().set_count(page.index, page.count_before);
-                    count
-                }
+                _ => self.replace_count(image, page.index, page.count_before),
             };
             let sum = self.count_sums.entry(page.kind).or_default();
             *sum = sum.wrapping_sub(u64::from(count)).wrapping_add(u64::from(page.count_before));

@@ -24,6 +24,12 @@ impl Meta {
     pub(crate) fn pending_units(&self) -> u64 {
         if self.pending.is_empty() { 0 } else { journal::units_for(self.pending.len() * RECORD_HEAD) }
     }
+
+    /// Whether `units` more journal units fit without touching one that still counts.
+    fn has_room(&self, units: u64) -> bool {
+        let header = self.header.as_ref().expect("open");
+        self.next_seq + units <= header.first_seq + header.journal_units()
+    }
 }
 
 impl Image {
@@ -113,6 +119,11 @@ impl<H: Host> Queue<H> {
         if frozen.is_empty() || !faulty!(image, NoDataSync) {
             self.sync().await?;
         }
+        if faulty!(image, FreezeAfterSync) {
+            for (start, end) in std::mem::take(&mut image.meta().pending) {
+                add_run(&mut frozen, start, end);
+            }
+        }
         while !frozen.is_empty() {
             let rest = match self.commit_most().and_then(|most| frozen.keys().nth(most).copied()) {
                 Some(key) => frozen.split_off(&key),
@@ -187,7 +198,7 @@ impl<H: Host> Queue<H> {
             // A half is full: it is written back while commits go to the other one.
             let most = match image.config.checkpoint_after {
                 0 => region.pages() / 2,
-                units => units.min(region.pages() / 2),
+                units => units.min(region.pages()),
             };
             used >= most && !std::mem::replace(&mut meta.checkpointing, true)
         };
@@ -204,8 +215,7 @@ impl<H: Host> Queue<H> {
         loop {
             let start = {
                 let mut meta = image.meta();
-                let header = meta.header.as_ref().expect("open");
-                if meta.next_seq + units <= header.first_seq + header.journal_units() {
+                if meta.has_room(units) {
                     return Ok(());
                 }
                 if waited && let Some(error) = meta.checkpoint_error.take() {
@@ -217,7 +227,8 @@ impl<H: Host> Queue<H> {
             if start {
                 self.spawn(Job::Checkpoint);
             }
-            image.checkpoint_wait.until(|| (!image.meta().checkpointing || image.is_poisoned()).then_some(())).await;
+            let too_early = || faulty!(image, JournalReusedEarly) && image.meta().has_room(units);
+            image.checkpoint_wait.until(|| (!image.meta().checkpointing || image.is_poisoned() || too_early()).then_some(())).await;
             image.check_poison()?;
             waited = true;
         }

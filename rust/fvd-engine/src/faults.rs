@@ -108,12 +108,26 @@ pub enum Fault {
     BaseErrorIsNone,
     /// A sync that passed is believed though another failed meanwhile (R11).
     SyncBesideFailed,
+    /// The header lets go of the journal when the first batch of a checkpoint, or of recovery, is in place.
+    HeaderAmongBatches,
+    /// What changes while the data is synced goes into the commit on its way (R1).
+    FreezeAfterSync,
+    /// Units are written again once the pages are in place, before the header says so (R2).
+    JournalReusedEarly,
+    /// Recovery takes damage in the middle of the journal for the end of a session (R2).
+    DamageIsCut,
+    /// The timer of the background commit runs once (R1).
+    TimerNotRearmed,
+    /// A checkpoint writes pages as they are in memory, ahead of what is committed (R3).
+    CheckpointFromMemory,
+    /// Emptying gives back to the base only what has a bit already.
+    EmptyWithinCovered,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 49] = [
+    pub const ALL: [Fault; 56] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -163,5 +177,12 @@ impl Fault {
         Self::BaseErrorIsZero,
         Self::BaseErrorIsNone,
         Self::SyncBesideFailed,
+        Self::HeaderAmongBatches,
+        Self::FreezeAfterSync,
+        Self::JournalReusedEarly,
+        Self::DamageIsCut,
+        Self::TimerNotRearmed,
+        Self::CheckpointFromMemory,
+        Self::EmptyWithinCovered,
     ];
 }

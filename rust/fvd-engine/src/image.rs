@@ -9,6 +9,7 @@ use crate::bits::Bits;
 use crate::brackets::{BracketToken, Brackets};
 use crate::error::{Error, Kind, Result};
 use crate::host::{FileId, Limits};
+use crate::replayed::Replayed;
 use crate::request::{Config, Info, Stats};
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{AsyncMutex, Mutex, MutexGuard, RangeLock, WaitQueue, lock};
@@ -46,6 +47,12 @@ pub(crate) struct Map {
 /// Runs of bits that were set since the last freeze: start → end.
 pub(crate) type Runs = BTreeMap<u64, u64>;
 
+/// A bitmap page on its way through recovery, which does not need the bitmap in memory.
+pub(crate) struct Fetched {
+    pub(crate) words: Box<[u64]>,
+    pub(crate) write_count: u32,
+}
+
 /// Metadata that changes, and its three values: memory (in [`Map::bits`]), frozen in the commit on
 /// its way, and stable.
 #[derive(Default)]
@@ -72,6 +79,11 @@ pub(crate) struct Meta {
     pub(crate) written: BTreeSet<(RegionKind, u64)>,
     /// Pages that recovery found in the double-write area and a read-only open may not write back.
     pub(crate) overlay: BTreeMap<(RegionKind, u64), Vec<u8>>,
+    /// What the journal says of the bitmap: till recovery has it in place, or for as long as the image
+    /// is open read-only.
+    pub(crate) replayed: Replayed,
+    /// Pages that recovery has in its hands for the batch that comes next.
+    pub(crate) fetched: BTreeMap<u64, Fetched>,
     /// Where the next commit goes.
     pub(crate) next_seq: u64,
     pub(crate) next_commit: u64,
@@ -280,7 +292,9 @@ impl Image {
     /// Whether pending changes are to be committed now that the timer fired.
     pub(crate) fn timer_fired(&self) -> bool {
         let mut meta = self.meta();
-        meta.timer_at = None;
+        if !faulty!(self, TimerNotRearmed) {
+            meta.timer_at = None;
+        }
         !meta.pending.is_empty() && self.state() == State::Open && !self.is_poisoned()
     }
 

@@ -38,6 +38,7 @@ mod open;
 mod read;
 mod recovery;
 mod relayout;
+mod replayed;
 mod request;
 mod resize;
 mod status;

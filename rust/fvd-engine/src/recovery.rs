@@ -4,15 +4,16 @@
 //!
 //! A read-only open does the same in memory and writes nothing.
 
-use crate::bits::check_range;
+use crate::bits::{SEGMENT_PAGES, check_range};
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
-use crate::image::faulty;
+use crate::image::{Image, faulty};
+use crate::replayed::Replayed;
 use fvd_format::double_write::Batch;
-use fvd_format::journal::{self, CommitId, Extent, Record, Scan, Scanner};
+use fvd_format::journal::{self, CommitId, Extent, RECORD_HEAD, Record, Scan, Scanner};
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page::{self, PAYLOAD_BITS};
+use fvd_format::page;
 use fvd_format::{Header, RegionKind};
 use std::rc::Rc;
 
@@ -27,16 +28,16 @@ impl<H: Host> Queue<H> {
         self.restore_batch(&header).await?;
         self.load_page_map().await?;
         let scan = self.scan_journal(&header).await?;
-        if scan.damaged {
+        if scan.damaged && !faulty!(image, DamageIsCut) {
             let text = "the journal is damaged: valid units follow a bad one";
             if !image.config.read_only {
                 return fail(Kind::Corrupt, format!("{text}; open read-only, or run a check"));
             }
             self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
         }
+        let mut replayed = Replayed::default();
         for extent in &scan.commits {
-            let payload = self.read_commit(&header, extent).await?;
-            self.replay(&payload).await?;
+            self.replay(&header, extent, &mut replayed).await?;
         }
         {
             let mut meta = image.meta();
@@ -44,12 +45,16 @@ impl<H: Host> Queue<H> {
             meta.next_seq = scan.next_seq.next_multiple_of((image.granule() / PAGE_SIZE) as u64);
             meta.next_commit = scan.next_commit;
             meta.commits_replayed = scan.commits.len() as u64;
+            if !image.config.read_only {
+                meta.dirty_pages = replayed.indices();
+            }
+            meta.replayed = replayed;
         }
         if !scan.commits.is_empty() {
             self.host().log(LogLevel::Info, &format!("{} commits replayed after an unclean shutdown", scan.commits.len()));
         }
         if image.config.read_only {
-            return Ok(());
+            return self.look_at_replayed().await;
         }
         if faulty!(image, RecoveryDropsPages) {
             image.meta().dirty_pages.clear();
@@ -57,7 +62,29 @@ impl<H: Host> Queue<H> {
         // Every touched page in place first; only then does the header let go of the journal.
         let kept = faulty!(image, EpochNotRaised);
         self.checkpoint(|header| header.epoch += u64::from(!kept)).await?;
-        image.meta().session = true;
+        let mut meta = image.meta();
+        meta.replayed = Replayed::default();
+        meta.session = true;
+        Ok(())
+    }
+
+    /// A page that the journal changes and that is damaged is told of at once, as a writable open does.
+    async fn look_at_replayed(self: &Rc<Self>) -> Result<()> {
+        let image = self.image().clone();
+        let mut pages = {
+            let meta = image.meta();
+            let region = meta.header.as_ref().and_then(|header| header.region(RegionKind::Bitmap).copied());
+            let mut pages = meta.replayed.indices();
+            pages.retain(|page| region.is_some_and(|region| meta.is_stored(region.map_first + page)));
+            pages
+        };
+        while let Some(first) = pages.pop_first() {
+            let rest = pages.split_off(&(first + SEGMENT_PAGES));
+            pages.insert(first);
+            self.fetch_pages(&pages).await?;
+            image.meta().fetched.clear();
+            pages = rest;
+        }
         Ok(())
     }
 
@@ -124,49 +151,50 @@ impl<H: Host> Queue<H> {
         Ok(scanner.finish())
     }
 
-    /// Reads the payload of a whole commit, a window at a time. It was whole when the journal was
-    /// scanned; storage that now says otherwise cannot be trusted.
-    async fn read_commit(self: &Rc<Self>, header: &Header, extent: &Extent) -> Result<Vec<u8>> {
+    /// Reads a whole commit, a window at a time, and takes down what its records say. It was whole when
+    /// the journal was scanned; storage that now says otherwise cannot be trusted.
+    async fn replay(self: &Rc<Self>, header: &Header, extent: &Extent, replayed: &mut Replayed) -> Result<()> {
+        let image = self.image().clone();
         let region = *header.region(RegionKind::Journal).expect("image with a journal");
-        let mut payload = Vec::with_capacity(extent.len);
+        // A record may lie across the border of two units, or of two windows.
+        let (mut payload, mut len) = (Vec::new(), 0);
         let (mut seq, end) = (extent.id.seq, extent.id.seq + extent.units);
         while seq < end {
             let place = seq % region.pages();
             let units = (end - seq).min(region.pages() - place).min((WINDOW / PAGE_SIZE) as u64);
             let (buf, at) = self.read_own(FileId::Image, region.offset + place * PAGE_SIZE as u64, units * PAGE_SIZE as u64).await?;
+            let before = payload.len();
             buf.for_each_page(at, units as usize, |i, unit| {
                 let unit = journal::decode_unit(&header.uuid, unit).filter(|u| u.seq == seq + i as u64 && u.commit == extent.id.commit);
                 payload.extend_from_slice(unit.map_or(&[], |u| u.payload));
             });
+            len += payload.len() - before;
             seq += units;
+            let mut rest = &payload[..];
+            while rest.len() >= RECORD_HEAD || (seq == end && !rest.is_empty()) {
+                image.take_down(Record::decode(&mut rest)?, replayed)?;
+            }
+            payload = rest.to_vec();
         }
-        if payload.len() != extent.len {
+        if len != extent.len {
             return fail(Kind::Corrupt, "the journal changed while it was read");
         }
-        Ok(payload)
+        Ok(())
     }
+}
 
-    /// Applies a commit's records to memory and marks the pages for the checkpoint.
-    async fn replay(self: &Rc<Self>, payload: &[u8]) -> Result<()> {
-        let image = self.image().clone();
-        let mut rest = payload;
-        // Neighbours in a journal are neighbours in the bitmap: most records name the page of the last.
-        let mut last = None;
-        while !rest.is_empty() {
-            match Record::decode(&mut rest)? {
-                Record::Bits { region: RegionKind::Bitmap, value, first, count } => {
-                    let bits = image.map.bits.get().ok_or_else(|| Error::new(Kind::Corrupt, "journal record names a bitmap that the image lacks"))?;
-                    let end = check_range(first, u64::from(count), bits.len())?;
-                    let pages = (first / PAYLOAD_BITS, (end - 1) / PAYLOAD_BITS);
-                    if last != Some(pages) {
-                        self.load_blocks(first, end).await?;
-                        image.meta().dirty_pages.extend(pages.0..=pages.1);
-                        last = Some(pages);
-                    }
-                    bits.write(first, end, value);
-                }
-                record => return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}")),
-            }
+impl Image {
+    /// Takes down what a record says.
+    fn take_down(&self, record: Record<'_>, replayed: &mut Replayed) -> Result<()> {
+        let Record::Bits { region: RegionKind::Bitmap, value, first, count } = record else {
+            return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}"));
+        };
+        let bits = self.map.bits.get().ok_or_else(|| Error::new(Kind::Corrupt, "journal record names a bitmap that the image lacks"))?;
+        let end = check_range(first, u64::from(count), bits.len())?;
+        replayed.say(first, end, value);
+        let memory = self.config.metadata_memory;
+        if replayed.pages() > memory / PAGE_SIZE as u64 {
+            return fail(Kind::NoMemory, format!("the journal changes metadata of more than {memory} bytes (metadata-memory)"));
         }
         Ok(())
     }

@@ -99,7 +99,7 @@ impl<H: Host> Queue<H> {
         if !self.has_base().await? {
             return fail(Kind::Unsupported, "an image without a base cannot be emptied");
         }
-        self.rebuild(Fill::Base, 0, cover_disk).await
+        self.rebuild(Fill::Base, 0, |header| if !faulty!(image, EmptyWithinCovered) { cover_disk(header) }).await
     }
 
     /// Moves regions that lie between the disk and file byte `end` behind it, so that the disk can

@@ -16,8 +16,11 @@ pub struct Config {
     pub no_io: bool,
     /// Longest time that metadata stays uncommitted without a flush: nanoseconds, > 0.
     pub commit_interval_ns: u64,
-    /// Journal units after whose use a checkpoint starts; 0: half the journal.
+    /// Journal units after whose use a checkpoint starts; 0: half the journal. Beyond the whole journal: it
+    /// starts when the next commit finds no room.
     pub checkpoint_after: u64,
+    /// Most pages of the bitmap that a checkpoint writes in one batch; 0: as many as there is room for.
+    pub batch_pages: usize,
     /// Most memory for metadata pages: bytes.
     pub metadata_memory: u64,
     /// The mistake to make.
@@ -33,6 +36,7 @@ impl Default for Config {
             no_io: false,
             commit_interval_ns: 5_000_000_000,
             checkpoint_after: 0,
+            batch_pages: 0,
             metadata_memory: 1 << 30,
             #[cfg(feature = "planted-faults")]
             fault: None,

@@ -304,7 +304,7 @@ impl Run {
                 let host = self.host(queue);
                 host.inline.set(!host.inline.get());
             }
-            // SAFETY (these): a queue or an image of this run; wrong handles are answered (API-29).
+            // SAFETY: a queue or an image of this run; wrong handles are answered (API-29).
             8 => unsafe { fvd_queue_run(self.host(queue).queue.get()) },
             // SAFETY: see above.
             9 => unsafe { fvd_queue_timer(self.host(queue).queue.get()) },
@@ -332,7 +332,7 @@ impl Run {
         let (kind, offset) = (input.u8(), input.number());
         let len = usize::from(input.u16() % 20_000);
         let flags = u32::from(kind >> 5);
-        // SAFETY (the whole function): arguments of the right types; memory and answers live in
+        // SAFETY: in the whole function, arguments of the right types; memory and answers live in
         // `Asked`, which lives till the end of the run. Wrong values are what is tested (API-30).
         unsafe {
             match (group, kind & 7) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A hostile image: opened read-only and writable, used, closed, opened again.
 
+use crate::heap;
 use crate::input::Input;
 use crate::memory::*;
 use crate::patch::*;
@@ -40,6 +41,11 @@ pub fn image_open(data: &[u8]) {
         config.limits[0] = Limits { request_alignment: align, ..Limits::default() };
         config
     };
+    for read_only in [true, false] {
+        // What only the limit on metadata memory would stop, must be little as well.
+        let most = Config { metadata_memory: Config::default().metadata_memory, ..config(read_only) };
+        memory_of_an_open(&World::new(file.clone(), template.base.clone()), most);
+    }
     let reader = Open::new(World::new(file.clone(), template.base.clone()), config(true));
     let writer = Open::new(World::new(file, template.base.clone()), config(false));
     let Some(writer) = writer else {
@@ -74,6 +80,20 @@ pub fn image_open(data: &[u8]) {
     }
     let _ = again.request(Request::Close);
     again.sound();
+}
+
+/// Opening takes at most 64 MiB or 1.5 × the metadata that is really in the file, whichever is more.
+fn memory_of_an_open(world: &Rc<World>, config: Config) {
+    let present = world.image.borrow().pages.len() * 4096;
+    world.forgets.set(true);
+    let read_only = config.read_only;
+    let (_queue, peak) = heap::peak_of(|| {
+        let queue = world.queue(config);
+        let _ = world.request(&queue, Request::Open);
+        queue
+    });
+    let most = (present * 3 / 2).max(64 << 20);
+    assert!(peak <= most, "an open (read-only: {read_only}) takes {peak} bytes of memory; {present} are in the file");
 }
 
 /// Patches of structures, at a place and with bytes from the input.

@@ -8,6 +8,7 @@
 
 pub mod capi;
 mod header;
+pub mod heap;
 mod image;
 mod input;
 mod journal;

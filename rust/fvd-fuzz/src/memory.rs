@@ -146,6 +146,8 @@ pub struct World {
     /// Which pending operation ends next: 0 is the oldest.
     pub order: Cell<u64>,
     results: RefCell<Vec<(u64, Result<Reply, Error>)>>,
+    /// Writes to the image file are not kept: whoever measures the engine's memory wants no other.
+    pub forgets: Cell<bool>,
     now: Cell<u64>,
 }
 
@@ -187,6 +189,7 @@ impl World {
             pending: RefCell::default(),
             order: Cell::new(0),
             results: RefCell::default(),
+            forgets: Cell::default(),
             now: Cell::new(0),
         })
     }
@@ -212,7 +215,7 @@ impl World {
                 for segment in &mut op.segments {
                     let n = segment.len();
                     match segment {
-                        Segment::Own { buf, at: to, len } if !base && to.is_multiple_of(4096) && len.is_multiple_of(4096) && at % PAGE == 0 => {
+                        Segment::Own { buf, at: to, len } if !base && to.is_multiple_of(4096) && len.is_multiple_of(4096) && at.is_multiple_of(PAGE) => {
                             // Without a copy: what is measured is the engine.
                             for (i, page) in buf.pages_mut()[*to / 4096..(*to + *len) / 4096].iter_mut().enumerate() {
                                 file.read(at + i as u64 * PAGE, &mut page.0);
@@ -238,6 +241,7 @@ impl World {
                 }
                 counts.bytes_read += if base { 0 } else { op.len };
             }
+            kind if self.forgets.get() && !matches!(kind, OpKind::Flush | OpKind::GetLength | OpKind::BaseStatus) => counts.changes += 1,
             OpKind::Write { .. } => {
                 let mut at = op.offset;
                 for segment in &op.segments {

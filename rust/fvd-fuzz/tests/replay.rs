@@ -25,12 +25,12 @@ fn replay(target: &str) {
     for (path, bytes) in &inputs {
         // Prefixes are inputs too, and reach states that end in the middle.
         for end in [bytes.len(), bytes.len() / 2] {
-            let before = common::live();
+            let before = fvd_fuzz::heap::live();
             if std::panic::catch_unwind(|| body(&bytes[..end])).is_err() {
                 panic!("{} (first {end} bytes) fails; run it alone: cargo run -p fvd-fuzz --example input -- {0}", path.display());
             }
             // A thread's texts of errors are kept till the next one: those were counted before.
-            let left = common::live() - before;
+            let left = fvd_fuzz::heap::live() - before;
             assert!(left.abs() < 4096, "{}: {left} bytes stay behind", path.display());
         }
     }

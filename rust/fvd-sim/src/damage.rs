@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Damage that no power cut does: rot, misdirected and foreign pages, pages lost although synced,
-//! a file cut short. Tried on copies of an image that was closed in good order.
+//! a file cut short. Tried on copies of an image that was closed in good order, or, for the journal, that
+//! was not.
 
 use crate::prng::Prng;
 use crate::store::{PAGE, Store};
 use fvd_format::header::HEADER_OFFSETS;
+use fvd_format::journal::{CommitId, Scanner};
 use fvd_format::page::{self, PageHeader};
 use fvd_format::{Header, PageZero, RegionKind};
 
@@ -62,6 +64,30 @@ pub fn draw(bytes: &Store, older: Option<&Store>, prng: &mut Prng) -> Option<Har
             harmed.must_not_open = true;
         }
     }
+    Some(harmed)
+}
+
+/// A unit of the journal rots, and whole commits follow it: no power cut does that (CC-32).
+pub fn journal(bytes: &Store, prng: &mut Prng) -> Option<Harmed> {
+    let zero = PageZero::decode(bytes.page(0)?).ok()?;
+    let [one, two] = [bytes.page(HEADER_OFFSETS[0] / PAGE as u64)?, bytes.page(HEADER_OFFSETS[1] / PAGE as u64)?];
+    let header = Header::choose(&zero.uuid, one, two).ok().filter(|header| !header.clean)?;
+    let region = header.region(RegionKind::Journal)?;
+    let from = CommitId { epoch: header.epoch, seq: header.first_seq, commit: header.first_commit };
+    let mut scanner = Scanner::new(&header.uuid, region.pages(), from);
+    let place = |seq: u64| region.offset / PAGE as u64 + seq % region.pages();
+    while scanner.units_left() > 0 {
+        let at = place(scanner.place(region.pages()));
+        scanner.feed(bytes.page(at).map_or(&[0; PAGE][..], |page| &page[..]));
+    }
+    let commits = scanner.finish().commits;
+    let victim = commits.get(prng.below(commits.len().max(2) as u64 - 1) as usize).filter(|_| commits.len() > 1)?;
+    let seq = victim.id.seq + prng.below(victim.units);
+    let mut page = *bytes.page(place(seq))?;
+    let bit = prng.below(PAGE as u64 * 8) as usize;
+    page[bit / 8] ^= 1 << (bit % 8);
+    let mut harmed = Harmed { bytes: bytes.clone(), what: format!("rot in journal unit {seq}"), must_not_open: true, check_must_find: false };
+    harmed.bytes.write(place(seq) * PAGE as u64, &page);
     Some(harmed)
 }
 

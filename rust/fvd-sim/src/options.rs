@@ -104,6 +104,8 @@ pub struct Options {
     pub inline_percent: u64,
     /// Journal units after which a checkpoint starts; 0: half the journal.
     pub checkpoint_after: u64,
+    /// Pages of a checkpoint's batch; 0: as many as there is room for.
+    pub batch_pages: usize,
     /// Longest time that metadata stays uncommitted.
     pub commit_interval_ns: u64,
     /// Latency of the image and of the base.
@@ -116,6 +118,9 @@ pub struct Options {
     pub discard_ignored_percent: u64,
 }
 
+/// The checkpoint waits until a commit finds no room in the journal.
+const WHEN_FULL: u64 = 1 << 20;
+
 /// Blocks a bitmap page has bits for.
 const PAGE_BLOCKS: u64 = fvd_format::page::PAYLOAD_BITS;
 
@@ -124,9 +129,16 @@ impl Options {
     pub fn draw(seed: u64) -> Self {
         let mut prng = Prng::stream(seed, 1);
         let p = &mut prng;
-        let cell = p.pick(&[512, 512, 512, 512, 64, 128]);
-        let block_size = p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]);
-        let (cells, starts, window) = disk(p, cell, u64::from(if block_size == 0 { 4096 } else { block_size }));
+        // Many small commits while the journal is full.
+        let tight = p.one_in(12);
+        let cell = if tight { 512 } else { p.pick(&[512, 512, 512, 512, 64, 128]) };
+        let block_size = if tight { 4096 } else { p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]) };
+        let (cells, starts, window) = if tight {
+            let sectors = p.between(1000, 2500);
+            (sectors, vec![0], sectors)
+        } else {
+            disk(p, cell, u64::from(if block_size == 0 { 4096 } else { block_size }))
+        };
         let bytes = cells * cell;
         let base = p.pick(&[BaseIs::Known, BaseIs::Known, BaseIs::Known, BaseIs::Named, BaseIs::Surprise, BaseIs::None]);
         let sectors = bytes / 512;
@@ -141,7 +153,7 @@ impl Options {
             1 => base_sectors.saturating_sub(p.below(40)),
             _ => base_sectors,
         };
-        let limits = host_limits(p, bytes);
+        let mut limits = host_limits(p, bytes);
         let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0];
         for (kind, weight) in weights.iter_mut().enumerate() {
             let keep = kind == Kind::Write as usize || p.chance(75);
@@ -150,6 +162,14 @@ impl Options {
         weights[Kind::ChangeBase as usize] = u64::from(p.one_in(6));
         weights[Kind::Empty as usize] = u64::from(base != BaseIs::None && p.one_in(8));
         weights[Kind::Attach as usize] = u64::from(base != BaseIs::None && p.one_in(8));
+        let mut checkpoint_after = p.pick(&[0, 1, 2, 4, 9, 30, WHEN_FULL]);
+        if tight {
+            limits[0].write_granule = 65536;
+            checkpoint_after = WHEN_FULL;
+            for (kind, weight) in [(Kind::Write, 20), (Kind::Fua, 30), (Kind::Flush, 15)] {
+                weights[kind as usize] = weight;
+            }
+        }
         Self {
             seed,
             cell,
@@ -166,12 +186,13 @@ impl Options {
             queues: p.pick(&[1, 1, 2, 3]),
             depth: p.pick(&[1, 2, 4, 8, 16]),
             sessions: p.between(4, 12) as usize,
-            requests: p.pick(&[20, 60, 120, 240]),
+            requests: if tight { 240 } else { p.pick(&[20, 60, 120, 240]) },
             weights,
             shim_percent: p.pick(&[0, 50, 50, 50, 100]),
             hot_percent: p.pick(&[0, 25, 60]),
             inline_percent: p.pick(&[0, 0, 0, 30, 100]),
-            checkpoint_after: p.pick(&[0, 1, 2, 4, 9, 30]),
+            checkpoint_after,
+            batch_pages: p.pick(&[0, 1, 1, 2]),
             commit_interval_ns: p.pick(&[5 * SECOND, 5 * SECOND, MS, 100 * MS]),
             latency: [Latency::disk(p), Latency::network(p)],
             fail_percent: p.pick(&[0, 0, 30, 60]),
@@ -215,7 +236,7 @@ fn host_limits(p: &mut Prng, disk_bytes: u64) -> [Limits; 2] {
     let image = Limits {
         request_alignment,
         memory_alignment,
-        write_granule: p.pick(&[4096, 4096, 4096, 16384, 512]),
+        write_granule: p.pick(&[4096, 4096, 4096, 16384, 512, 65536]),
         // Garbage must be real bytes: not on a disk of hundreds of MiB.
         grows_zeroed: disk_bytes > 4 << 20 || !p.one_in(6),
         cheap_zeroing: p.chance(50),

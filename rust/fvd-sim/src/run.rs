@@ -3,6 +3,7 @@
 //! compared with what the oracle allows.
 
 use crate::checker::{Checker, Mode, Model};
+use crate::clock::SECOND;
 use crate::content::{BASE, FIRST_WRITE, GARBAGE, GARBAGE_BYTE, Tag, ZERO};
 use crate::damage;
 use crate::disk::Keep;
@@ -17,7 +18,7 @@ use crate::store::Store;
 use crate::world::{Failures, RequestId, Setup, World};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FILES, Limits};
-use fvd_engine::{Config, CreateParams, Error, Kind, Preallocation, Reply, Request};
+use fvd_engine::{Config, CreateParams, Error, Kind, Place, Preallocation, Reply, Request};
 use fvd_format::Header;
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
 use std::cell::RefCell;
@@ -25,6 +26,8 @@ use std::rc::Rc;
 
 /// Steps of a world that a session may take, at most.
 const STEPS_MAX: u64 = 400_000;
+/// What a commit may take, with a checkpoint before it: nanoseconds.
+const COMMIT_SLACK: u64 = 10 * SECOND;
 /// Storage that does not grow: bytes.
 const FIXED_LENGTH: u64 = 16 << 20;
 
@@ -51,6 +54,8 @@ pub struct Totals {
     pub ordered: u64,
     /// Damaged files opened.
     pub damaged: u64,
+    /// Guests that fell silent and whose changes were found committed.
+    pub quiet: u64,
 }
 
 impl Totals {
@@ -66,6 +71,7 @@ impl Totals {
         self.injected += other.injected;
         self.ordered += other.ordered;
         self.damaged += other.damaged;
+        self.quiet += other.quiet;
     }
 }
 
@@ -160,7 +166,7 @@ impl<'a> Run<'a> {
         let options = self.options;
         let mut limits = [Limits::default(); FILES];
         (limits[0], limits[2]) = (options.limits[0], options.limits[1]);
-        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, commit_interval_ns: options.commit_interval_ns, ..Config::default() }
+        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, batch_pages: options.batch_pages, commit_interval_ns: options.commit_interval_ns, ..Config::default() }
     }
 
     pub(crate) fn setup(&self, seed: u64, number: usize) -> Setup {
@@ -313,7 +319,8 @@ impl<'a> Run<'a> {
         match self.work(&world, session, &mut prng)? {
             End::Cut => {
                 let keep = cut.map_or(Keep::Seeded(session.seed), |cut| cut.keep.clone());
-                self.power_cut(&world, &keep, &session.branches)
+                self.power_cut(&world, &keep, &session.branches)?;
+                self.after_cut(session)
             }
             End::Closed => {
                 // Whatever was done before is durable, so that this takes nothing away.
@@ -354,6 +361,9 @@ impl<'a> Run<'a> {
         guest.has_base = self.options.base != BaseIs::None;
         guest.fixed = !self.options.limits[0].grows_zeroed;
         let mut end = drive(&mut guest, world, session, self.options.depth, prng.chance(30));
+        if end == Ok(true) && guest.under_way() == 0 && prng.chance(25) {
+            end = self.quiet(world, session.cut.as_ref());
+        }
         if end == Ok(true) {
             end = close(&mut guest, world, session.cut.as_ref());
         }
@@ -365,6 +375,42 @@ impl<'a> Run<'a> {
             Some(text) => Err(text),
             None => Ok(if end? { End::Closed } else { End::Cut }),
         }
+    }
+
+    /// The guest asks for nothing more: what it changed is committed in time by itself (R1). Seen from
+    /// outside: a block that is in the image is there in what a power cut would leave, too.
+    fn quiet(&mut self, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<bool> {
+        let by = world.now() + self.options.commit_interval_ns + COMMIT_SLACK;
+        while world.next_at().is_some_and(|at| at <= by) {
+            if world.violation().is_some() || reached(world, cut) {
+                return Ok(false);
+            }
+            world.step();
+        }
+        if world.counters().injected > 0 {
+            return Ok(true);
+        }
+        let mut setup = Setup { bytes: world.disk().stable.clone(), ..self.setup(self.options.seed, 1) };
+        setup.config.read_only = true;
+        let after = World::new(setup, Checker::new(Mode::ReadOnly, None));
+        let opened = after.request(0, Request::Open).ok_or("a read-only open hangs")?;
+        opened.map_err(|error| format!("a read-only open fails: {error}"))?;
+        let cell = self.options.cell;
+        for window in &self.model().borrow().geometry.windows {
+            let mut at = window.first * cell;
+            let end = at + window.count * cell;
+            while at < end {
+                let (here, len) = place(world, at, end - at)?;
+                let (there, len) = if here { place(&after, at, len)? } else { (false, len) };
+                if here != there {
+                    return Err(format!("cell {} is in the image, and {} s after the last request no commit says so (R1)", at / cell, (self.options.commit_interval_ns + COMMIT_SLACK) / SECOND));
+                }
+                at += len;
+            }
+        }
+        self.report.totals.quiet += 1;
+        self.leave(&after)?;
+        Ok(true)
     }
 
     /// Reads every cell in use; each then holds what was read. `None` after a cut.
@@ -433,6 +479,14 @@ impl<'a> Run<'a> {
         self.leave(&world)
     }
 
+    fn after_cut(&mut self, session: &Session) -> Verdict<()> {
+        let Some(seed) = session.damage else { return Ok(()) };
+        match damage::journal(&self.bytes, &mut Prng::new(seed)) {
+            Some(harmed) => self.open_damaged(&harmed, false, seed),
+            None => Ok(()),
+        }
+    }
+
     fn after_close(&mut self, session: &Session) -> Verdict<()> {
         if let Some(seed) = session.damage {
             let mut prng = Prng::new(seed);
@@ -488,6 +542,14 @@ impl<'a> Run<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Whether the bytes at `offset` are in the image, and how far.
+fn place(world: &World, offset: u64, len: u64) -> Verdict<(bool, u64)> {
+    match world.request(0, Request::BlockStatus { offset, len }) {
+        Some(Ok(Reply::Status(status))) if status.len > 0 => Ok((matches!(status.place, Place::Data { .. }), status.len.min(len))),
+        other => Err(format!("block status answers {other:?}")),
     }
 }
 

@@ -473,6 +473,15 @@ impl World {
         }
     }
 
+    /// When the next event comes by itself; `None`: never.
+    pub fn next_at(&self) -> Option<u64> {
+        let inner = self.inner.borrow();
+        let woken = self.woken.iter().any(|woken| woken.load(Ordering::Relaxed)).then_some(inner.now);
+        let ends = inner.pending.first_key_value().map(|(key, _)| key.0);
+        let timer = inner.timers.iter().copied().filter(|at| *at != u64::MAX).min();
+        [woken, ends, timer].into_iter().flatten().min()
+    }
+
     /// One event. False if nothing is left that could happen by itself.
     pub fn step(&self) -> bool {
         let busy = !self.inner.borrow().pending.is_empty();

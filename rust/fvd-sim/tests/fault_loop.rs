@@ -29,7 +29,7 @@ fn mistakes_in_error_paths_are_noticed() {
         (Fault::RetryBehind, "layout", "CC-6"),
         (Fault::FailedSyncForgotten, "layout", "not poisoned (R11)"),
         (Fault::WritesAfterPoison, "layout", "after a failed sync"),
-        (Fault::BaseErrorIsZero, "layout", "(CC-3): zero"),
+        (Fault::BaseErrorIsZero, "layout", "(CC-3): cell 8 is zero"),
         (Fault::BaseErrorIsNone, "pristine", "found zero"),
         (Fault::PageCountedTwice, "recover-pages", "a write was lost"),
         (Fault::CreateKeepsPageZero, "create-again", "looks like an image"),

@@ -131,21 +131,29 @@ fn exposes(disk: &Disk, header: &Header, payload: &[u8], model: Option<&RefCell<
     while !rest.is_empty() {
         let record = Record::decode(&mut rest).map_err(|error| format!("an invalid record is journaled: {error}"))?;
         let Record::Bits { region: RegionKind::Bitmap, value: true, first, count } = record else { continue };
-        let block = u64::from(header.block_size);
-        let (from, to) = (first * block, ((first + u64::from(count)) * block).min(header.covered));
-        let cell = model.geometry.cell;
-        let mut bytes = [0; crate::content::SECTOR];
-        let bytes = &mut bytes[..cell as usize];
-        for window in &model.geometry.windows {
-            for number in window.first.max(from / cell)..(window.first + window.count).min(to / cell) {
-                disk.stable.read(header.data_offset + number * cell, bytes);
-                let index = window.index + (number - window.first) as usize;
-                if !model.oracle.may_survive(index, number, bytes) {
-                    let found = crate::content::describe(bytes);
-                    return Err(format!("a record exposes cell {number} before its data is durable (CC-3): {found}; {}", model.oracle.explain(index)));
-                }
-            }
+        if let Some(text) = not_durable(disk, header, &model, first, first + u64::from(count)) {
+            return Err(format!("a record exposes a cell before its data is durable (CC-3): {text}"));
         }
     }
     Ok(())
+}
+
+/// Which cell of blocks `first..end`, were they in the image, would show what it must not if the power
+/// went now.
+pub fn not_durable(disk: &Disk, header: &Header, model: &Model, first: u64, end: u64) -> Option<String> {
+    let block = u64::from(header.block_size);
+    let (from, to) = (first * block, (end * block).min(header.covered));
+    let cell = model.geometry.cell;
+    let mut bytes = [0; crate::content::SECTOR];
+    let bytes = &mut bytes[..cell as usize];
+    for window in &model.geometry.windows {
+        for number in window.first.max(from / cell)..(window.first + window.count).min(to / cell) {
+            disk.stable.read(header.data_offset + number * cell, bytes);
+            let index = window.index + (number - window.first) as usize;
+            if !model.oracle.may_survive(index, number, bytes) {
+                return Some(format!("cell {number} is {}; {}", crate::content::describe(bytes), model.oracle.explain(index)));
+            }
+        }
+    }
+    None
 }

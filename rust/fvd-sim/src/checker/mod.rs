@@ -118,7 +118,7 @@ impl Checker {
         }
         match region_at(&header, op)? {
             Some(RegionKind::Journal) => self.journal.submit(disk, &header, op.offset, &bytes, self.model.as_deref()),
-            Some(RegionKind::DoubleWrite) => self.pages.submit_area(&header, &bytes),
+            Some(RegionKind::DoubleWrite) => self.pages.submit_area(disk, &header, &bytes, self.model.as_deref()),
             Some(kind) => self.pages.submit_in_place(disk, &header, kind, op.offset, &bytes),
             None => Ok(()),
         }

@@ -1,12 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Pages in place: only what the durable double-write area holds, and the area is used again only
-//! after they are durable (CC-20).
+//! after they are durable (CC-20); it never holds what is ahead of the commits (CC-8).
 
-use super::Verdict;
+use super::{Model, Verdict};
 use crate::disk::Disk;
 use crate::store::PAGE;
 use fvd_format::double_write::Batch;
+use fvd_format::page::PAYLOAD_BITS;
 use fvd_format::{Header, RegionKind, page};
+use std::cell::RefCell;
+
+/// A batch that a power cut leaves is written back: what its bitmap page says beyond the page in place must
+/// be so already.
+fn ahead(disk: &Disk, header: &Header, index: u64, page: &[u8], model: &Model) -> Option<String> {
+    let region = header.region(RegionKind::Bitmap)?;
+    let old = disk.stable.page(region.offset / PAGE as u64 + index);
+    let old = old.filter(|old| page::open(&header.uuid, RegionKind::Bitmap, region.generation, index, &old[..]).is_ok());
+    let bit = |page: &[u8], i: u64| page[page::HEADER_SIZE + (i / 8) as usize] >> (i % 8) & 1 == 1;
+    let (from, block_cells) = (index * PAYLOAD_BITS, u64::from(header.block_size) / model.geometry.cell);
+    for window in &model.geometry.windows {
+        let first = (window.first / block_cells).max(from);
+        let end = (window.first + window.count).div_ceil(block_cells).min(header.blocks()).min(from + PAYLOAD_BITS);
+        let fresh = (first..end).filter(|block| bit(page, block - from) && !old.is_some_and(|old| bit(&old[..], block - from)));
+        for block in fresh {
+            if let Some(text) = super::journal::not_durable(disk, header, model, block, block + 1) {
+                return Some(text);
+            }
+        }
+    }
+    None
+}
 
 /// What is known of pages in place.
 #[derive(Default)]
@@ -18,15 +41,23 @@ pub struct Pages {
 
 impl Pages {
     /// The double-write area is about to be written.
-    pub fn submit_area(&mut self, header: &Header, bytes: &[u8]) -> Verdict {
+    pub fn submit_area(&mut self, disk: &Disk, header: &Header, bytes: &[u8], model: Option<&RefCell<Model>>) -> Verdict {
         let batch = Batch::decode(&header.uuid, &bytes[..PAGE]).map_err(|error| format!("an invalid batch is written: {error}"))?;
         if batch.number <= header.last_batch {
             return Err(format!("batch {} is not above the last one, {} (CC-20)", batch.number, header.last_batch));
         }
-        match self.open.first() {
-            Some((offset, _)) => Err(format!("the double-write area is written while the page at {offset} is not durable (CC-20)")),
-            None => Ok(()),
+        if let Some((offset, _)) = self.open.first() {
+            return Err(format!("the double-write area is written while the page at {offset} is not durable (CC-20)"));
         }
+        let Some(model) = model else { return Ok(()) };
+        for (entry, page) in batch.entries.iter().zip(bytes.chunks(PAGE).skip(1)) {
+            if entry.kind == RegionKind::Bitmap
+                && let Some(text) = ahead(disk, header, entry.index, page, &model.borrow())
+            {
+                return Err(format!("a batch exposes a cell before its data is durable (CC-8): {text}"));
+            }
+        }
+        Ok(())
     }
 
     /// Pages of region `kind` are about to be written in place.
