@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Loading bitmap pages on demand, through the page map.
+//! Loading pages of the bitmap and of the lookup table on demand, through the page map.
 
 use crate::bits::{Bits, Run, SEGMENT_MEMORY, SEGMENT_PAGES, Segment};
 use crate::error::{Error, Kind, Result};
 use crate::executor::Queue;
 use crate::host::{FileId, Host, LogLevel};
 use crate::image::{Image, Meta};
+use crate::space::{chunks_of_regions, may_hold_data};
+use crate::table::EntryRun;
 use fvd_format::RegionKind;
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::{self, PAYLOAD_BITS};
@@ -24,6 +26,32 @@ impl Image {
     pub(crate) fn bits(&self) -> &Bits {
         self.map.bits.get().expect("image with a bitmap")
     }
+
+    /// A region whose pages records change; only called where the header has it.
+    pub(crate) fn region(&self, kind: RegionKind) -> &Bits {
+        match kind {
+            RegionKind::Table => self.map.table.get().expect("compact image"),
+            _ => self.bits(),
+        }
+    }
+
+    /// Whether a table page names only storage that holds guest data (FMT-77).
+    fn check_entries(&self, payload: &[u8], below_reach: u64, regions: &[(u64, u64)]) -> Result<()> {
+        for entry in payload.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes"))) {
+            check_entry(entry, below_reach, regions)?;
+        }
+        Ok(())
+    }
+}
+
+/// FMT-77, of one entry.
+pub(crate) fn check_entry(entry: u32, below_reach: u64, regions: &[(u64, u64)]) -> Result<()> {
+    match u64::from(entry).checked_sub(1) {
+        Some(id) if !may_hold_data(id, below_reach, regions) => {
+            Err(Error::new(Kind::Corrupt, format!("the lookup table names storage chunk {id}, which is none: {below_reach} lie below the reach")))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl<H: Host> Queue<H> {
@@ -33,9 +61,9 @@ impl<H: Host> Queue<H> {
             match self.image().bits().run(first, end) {
                 Run::Bits { value, len } => return Ok((value, len)),
                 Run::Bad => {
-                    return Err(Error::new(Kind::Corrupt, format!("the bitmap page of block {first} is damaged; run a check")));
+                    return Err(bad_bits(first));
                 }
-                Run::Missing(segment) => self.load_segment(segment).await?,
+                Run::Missing(segment) => self.load_segment(RegionKind::Bitmap, segment).await?,
             }
         }
     }
@@ -49,18 +77,44 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Loads a segment, unless another task just did.
-    pub(crate) async fn load_segment(self: &Rc<Self>, index: u64) -> Result<()> {
+    /// The run of table entries that starts at chunk `first` and ends before `end`, loading what it
+    /// needs.
+    pub(crate) async fn entries_of(self: &Rc<Self>, first: u64, end: u64) -> Result<EntryRun> {
+        loop {
+            match self.image().region(RegionKind::Table).entry_run(first, end) {
+                EntryRun::Missing(segment) => self.load_segment(RegionKind::Table, segment).await?,
+                EntryRun::Bad => return Err(bad_entries(first)),
+                run => return Ok(run),
+            }
+        }
+    }
+
+    /// Loads every segment that holds an entry of chunks `first..end`.
+    pub(crate) async fn load_entries(self: &Rc<Self>, first: u64, end: u64) -> Result<()> {
+        let mut at = first;
+        while at < end {
+            at += match self.entries_of(at, end).await? {
+                EntryRun::Free { count } | EntryRun::Chunks { count, .. } => count,
+                other => unreachable!("loaded: {other:?}"),
+            };
+        }
+        Ok(())
+    }
+
+    /// Loads a segment of a region, unless another task just did.
+    pub(crate) async fn load_segment(self: &Rc<Self>, kind: RegionKind, index: u64) -> Result<()> {
         let image = self.image().clone();
         let _one_at_a_time = image.load_lock.lock().await;
-        if image.bits().segment(index).is_some() {
+        if image.region(kind).segment(index).is_some() {
             return Ok(());
         }
-        let (region, uuid, stored, first) = {
+        let (region, uuid, stored, first, own, below_reach) = {
             let mut meta = image.meta();
             let header = meta.header.as_ref().expect("open image");
-            let region = *header.region(RegionKind::Bitmap).expect("image with a bitmap");
+            let region = *header.region(kind).expect("image with this region");
             let uuid = header.uuid;
+            let own = if kind == RegionKind::Table { chunks_of_regions(header) } else { Vec::new() };
+            let below_reach = header.chunks_below(meta.reach);
             if (meta.segments_loaded + 1) * SEGMENT_MEMORY > image.config.metadata_memory {
                 return Err(Error::new(Kind::NoMemory, format!("metadata needs more than {} bytes of memory (metadata-memory)", image.config.metadata_memory)));
             }
@@ -68,7 +122,7 @@ impl<H: Host> Queue<H> {
             let first = index * SEGMENT_PAGES;
             let last = region.pages().min(first + SEGMENT_PAGES);
             let stored: Vec<bool> = (first..last).map(|p| meta.is_stored(region.map_first + p)).collect();
-            (region, uuid, stored, first)
+            (region, uuid, stored, first, own, below_reach)
         };
         let segment = Segment::initial();
         // One read from the first to the last stored page: what lies between is small.
@@ -85,9 +139,14 @@ impl<H: Host> Queue<H> {
             };
             for i in (from..=to).filter(|&i| stored[i]) {
                 let index = first + i as u64;
-                let overlay = image.meta().overlay.get(&(RegionKind::Bitmap, index)).cloned();
+                let overlay = image.meta().overlay.get(&(kind, index)).cloned();
                 let bytes = overlay.unwrap_or_else(|| buf.to_vec(at + (i - from) * PAGE_SIZE, PAGE_SIZE));
-                match page::open(&uuid, RegionKind::Bitmap, region.generation, index, &bytes) {
+                let opened = page::open(&uuid, kind, region.generation, index, &bytes).map_err(Error::from);
+                let checked = opened.and_then(|header| match kind {
+                    RegionKind::Table => image.check_entries(&bytes[page::HEADER_SIZE..], below_reach, &own).map(|()| header),
+                    _ => Ok(header),
+                });
+                match checked {
                     Ok(header) => {
                         segment.load_page(i as u64, &bytes[page::HEADER_SIZE..], header.write_count);
                         image.note_loaded(&header);
@@ -99,7 +158,17 @@ impl<H: Host> Queue<H> {
                 }
             }
         }
-        image.bits().insert(index, segment);
+        image.region(kind).insert(index, segment);
         Ok(())
     }
+}
+
+/// Nothing can be told of the chunks of a damaged page.
+pub(crate) fn bad_entries(chunk: u64) -> Error {
+    Error::new(Kind::Corrupt, format!("the lookup table's page of chunk {chunk} is damaged; run a check"))
+}
+
+/// Nothing can be told of the blocks of a damaged page.
+pub(crate) fn bad_bits(block: u64) -> Error {
+    Error::new(Kind::Corrupt, format!("the bitmap page of block {block} is damaged; run a check"))
 }

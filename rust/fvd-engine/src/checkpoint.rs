@@ -5,7 +5,7 @@
 use crate::error::Result;
 use crate::executor::Queue;
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
-use crate::image::{Image, Meta, faulty};
+use crate::image::{Image, Meta, PageId, faulty};
 use fvd_format::double_write::{BATCH_PAGES_MAX, Batch, BatchEntry};
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::{self, PAYLOAD_BITS, PageHeader};
@@ -91,7 +91,7 @@ impl<H: Host> Queue<H> {
     }
 
     /// One batch: area → sync → in place → sync.
-    async fn write_batch(self: &Rc<Self>, pages: &BTreeSet<u64>, checkpoint: u64) -> Result<()> {
+    async fn write_batch(self: &Rc<Self>, pages: &BTreeSet<PageId>, checkpoint: u64) -> Result<()> {
         let image = self.image().clone();
         let (header, number, sealed) = {
             let mut meta = image.meta();
@@ -147,16 +147,17 @@ impl<H: Host> Queue<H> {
 impl Meta {
     /// Seals the stable images of `pages`, of what shares their write granule, and of the page-map
     /// pages that record them, in region and index order.
-    fn seal_batch(&mut self, image: &Image, header: &Header, pages: &BTreeSet<u64>, checkpoint: u64) -> Vec<Sealed> {
+    fn seal_batch(&mut self, image: &Image, header: &Header, pages: &BTreeSet<PageId>, checkpoint: u64) -> Vec<Sealed> {
         let group = (image.granule() / PAGE_SIZE) as u64;
-        let region = *header.region(RegionKind::Bitmap).expect("image with a bitmap");
+        let region = |kind| *header.region(kind).expect("page of a region");
         let mut all = BTreeSet::new();
-        for page in pages {
-            all.extend((page / group * group..(page / group + 1) * group).filter(|p| *p < region.pages() && !image.bits().is_bad(*p)));
+        for (kind, page) in pages {
+            let shared = page / group * group..(page / group + 1) * group;
+            all.extend(shared.filter(|p| *p < region(*kind).pages() && !image.region(*kind).is_bad(*p)).map(|p| (*kind, p)));
         }
         if !faulty!(image, PageMapForgotten) {
-            for page in &all {
-                let bit = region.map_first + page;
+            for (kind, page) in &all {
+                let bit = region(*kind).map_first + page;
                 if !self.is_stored(bit) {
                     let within = bit % PAYLOAD_BITS;
                     self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] |= 1 << (within % 64);
@@ -178,15 +179,16 @@ impl Meta {
             let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
         }
-        for index in all {
-            let words = match self.stable.get(&index) {
+        for (kind, index) in all {
+            let pages = image.region(kind);
+            let words = match self.stable.get(&(kind, index)) {
                 Some(words) => words.clone(),
-                _ => image.bits().page_words(index),
+                _ => pages.page_words(index),
             };
-            let before = image.bits().count(index);
-            let write_count = self.count_page(image, RegionKind::Bitmap, index, before);
-            image.bits().set_count(index, write_count);
-            let place = PageHeader { kind: RegionKind::Bitmap, generation: region.generation, index, write_count, checkpoint };
+            let before = pages.count(index);
+            let write_count = self.count_page(image, kind, index, before);
+            pages.set_count(index, write_count);
+            let place = PageHeader { kind, generation: region(kind).generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
         }
         assert!(sealed.len() <= BATCH_PAGES_MAX);
@@ -198,9 +200,9 @@ impl Meta {
         for page in sealed {
             let count = match page.kind {
                 RegionKind::PageMap => std::mem::replace(&mut self.page_map_counts[page.index as usize], page.count_before),
-                _ => {
-                    let count = image.bits().count(page.index);
-                    image.bits().set_count(page.index, page.count_before);
+                kind => {
+                    let count = image.region(kind).count(page.index);
+                    image.region(kind).set_count(page.index, page.count_before);
                     count
                 }
             };

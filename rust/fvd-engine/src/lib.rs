@@ -17,6 +17,7 @@ use loom::sync::atomic::fence;
 mod bits;
 mod bits_load;
 mod brackets;
+mod changes;
 mod check;
 mod checkpoint;
 mod commit;
@@ -40,8 +41,10 @@ mod recovery;
 mod relayout;
 mod request;
 mod resize;
+mod space;
 mod status;
 mod sync;
+mod table;
 mod write;
 mod zeroes;
 

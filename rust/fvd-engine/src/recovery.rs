@@ -5,19 +5,40 @@
 //! A read-only open does the same in memory and writes nothing.
 
 use crate::bits::check_range;
+use crate::bits_load::check_entry;
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
-use crate::host::{FileId, Host, LogLevel, OwnBuf};
-use crate::image::faulty;
+use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf};
+use crate::image::{Image, faulty};
+use crate::io::bare;
+use crate::space::chunks_of_regions;
+use crate::table::page_of_entry;
 use fvd_format::double_write::Batch;
 use fvd_format::journal::{self, CommitId, Extent, Record, Scan, Scanner};
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page::{self, PAYLOAD_BITS};
+use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_ENTRIES};
 use fvd_format::{Header, RegionKind};
 use std::rc::Rc;
 
 /// Metadata is read in windows of this many bytes where its length comes from the image.
 pub(crate) const WINDOW: usize = 256 << 10;
+
+impl Image {
+    /// The reach that a commit says.
+    fn replay_reach(&self, payload: &[u8]) -> Result<()> {
+        let mut rest = payload;
+        while !rest.is_empty() {
+            if let Record::Reach(reach) = Record::decode(&mut rest)? {
+                if reach > i64::MAX as u64 {
+                    return fail(Kind::Corrupt, format!("journal record names reach {reach}"));
+                }
+                let mut meta = self.meta();
+                meta.reach = meta.reach.max(reach);
+            }
+        }
+        Ok(())
+    }
+}
 
 impl<H: Host> Queue<H> {
     /// Recovers.
@@ -33,6 +54,18 @@ impl<H: Host> Queue<H> {
                 return fail(Kind::Corrupt, format!("{text}; open read-only, or run a check"));
             }
             self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
+        }
+        if header.is_compact() {
+            // A page in place may name storage that only a later commit's reach covers: the checkpoint
+            // that wrote it was cut short.
+            for extent in &scan.commits {
+                let payload = self.read_commit(&header, extent).await?;
+                image.replay_reach(&payload)?;
+            }
+            let (reach, length) = (image.meta().reach, self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64);
+            if length < reach {
+                return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the journal says {reach} may be in use"));
+            }
         }
         for extent in &scan.commits {
             let payload = self.read_commit(&header, extent).await?;
@@ -158,13 +191,50 @@ impl<H: Host> Queue<H> {
                     let pages = (first / PAYLOAD_BITS, (end - 1) / PAYLOAD_BITS);
                     if last != Some(pages) {
                         self.load_blocks(first, end).await?;
-                        image.meta().dirty_pages.extend(pages.0..=pages.1);
+                        image.meta().dirty_pages.extend((pages.0..=pages.1).map(|page| (RegionKind::Bitmap, page)));
                         last = Some(pages);
                     }
                     bits.write(first, end, value);
                 }
+                Record::Entries { region: RegionKind::Table, first, values } => {
+                    let values = values.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
+                    self.replay_entries(first, values.collect::<Vec<_>>()).await?;
+                }
+                Record::EntryRun { region: RegionKind::Table, first, count, value, step } => {
+                    let chunks = image.header().chunks();
+                    check_range(first, u64::from(count), chunks)?;
+                    let values = (0..u64::from(count)).map(|k| value.wrapping_add(step.wrapping_mul(k as u32)));
+                    self.replay_entries(first, values.collect::<Vec<_>>()).await?;
+                }
+                Record::Reach(_) if image.map.table.get().is_some() => {}
                 record => return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}")),
             }
+        }
+        Ok(())
+    }
+
+    /// Applies new values of table entries to memory and marks the pages for the checkpoint.
+    async fn replay_entries(self: &Rc<Self>, first: u64, values: Vec<u32>) -> Result<()> {
+        let image = self.image().clone();
+        let (chunks, below_reach, own) = {
+            let meta = image.meta();
+            let header = meta.header.as_ref().expect("open image");
+            (header.chunks(), header.chunks_below(meta.reach), chunks_of_regions(header))
+        };
+        let count = values.len() as u64;
+        let end = first.checked_add(count).filter(|end| *end <= chunks && image.map.table.get().is_some());
+        let Some(end) = end else {
+            return fail(Kind::Corrupt, format!("journal record names chunks {first}+{count} of {chunks}"));
+        };
+        let mut loaded = first;
+        for (entry, value) in (first..end).zip(values) {
+            if entry == loaded {
+                loaded = (page_of_entry(entry) + 1) * PAYLOAD_ENTRIES;
+                self.entries_of(entry, entry + 1).await?;
+                image.meta().dirty_pages.insert((RegionKind::Table, page_of_entry(entry)));
+            }
+            check_entry(value, below_reach, &own)?;
+            image.region(RegionKind::Table).set_entry(entry, value);
         }
         Ok(())
     }

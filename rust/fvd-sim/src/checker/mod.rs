@@ -100,7 +100,12 @@ impl Checker {
         }
         self.refresh(disk);
         let Some(header) = self.stable.clone() else { return Ok(()) };
-        if op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
+        if header.is_compact() {
+            let reach = self.journal.reach().max(header.reach);
+            if op.offset >= header.data_offset && op.offset + op.len > reach {
+                return Err(format!("{} beyond the durable reach {reach} (R6)", what()));
+            }
+        } else if op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
             return Ok(());
         }
         self.applied += 1;
@@ -152,10 +157,15 @@ impl Checker {
             return;
         }
         self.raw = raw.map(|bytes| bytes.map(|bytes| Box::new(*bytes)));
+        let table = |header: &Option<Header>| header.as_ref().and_then(|h| h.region(RegionKind::Table).map(|r| r.generation));
+        let before = table(&self.stable);
         self.stable = page(0).and_then(|bytes| PageZero::decode(bytes).ok()).and_then(|zero| {
             let copies = [1, 2].map(|copy| page(HEADER_OFFSETS[copy - 1]).and_then(|bytes| Header::decode(&zero.uuid, copy, bytes).ok()));
             copies.into_iter().flatten().max_by_key(|header| header.generation)
         });
+        if table(&self.stable) != before {
+            self.journal.rebuilt();
+        }
         if let Some(header) = &self.stable {
             self.journal.opened(header);
         }
