@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The copy-on-write bitmap in memory: atomic words, loaded a segment of 64 pages at a time.
+//! A region of metadata pages in memory: atomic words, loaded a segment of 64 pages at a time. The
+//! copy-on-write bitmap is one, the lookup table (`table.rs`) another.
 //!
 //! Readers are lock-free. A bit changes 0→1 with release order after the data it exposes was
 //! written, so that whoever reads the bit with acquire order finds the data.
@@ -13,6 +14,8 @@ use std::sync::OnceLock;
 pub(crate) const SEGMENT_PAGES: u64 = 64;
 /// Bits in a segment.
 pub(crate) const SEGMENT_BITS: u64 = SEGMENT_PAGES * PAYLOAD_BITS;
+/// Words in a segment.
+const SEGMENT_WORDS: u64 = SEGMENT_BITS / 64;
 /// Memory of a loaded segment: bytes.
 pub(crate) const SEGMENT_MEMORY: u64 = SEGMENT_PAGES * 4096;
 /// Segments in a row of the spine: about the square root of what a page map within the default
@@ -75,6 +78,30 @@ impl Segment {
         }
     }
 
+    /// The words of page `page` (0…63).
+    pub(crate) fn page_words(&self, page: u64) -> Box<[u64]> {
+        self.words[page as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS].iter().map(|w| w.load(Ordering::Acquire)).collect()
+    }
+
+    /// Replaces the words of page `page` (0…63) of a segment that nobody sees yet.
+    pub(crate) fn set_page_words(&self, page: u64, words: &[u64]) {
+        for (to, word) in self.words[page as usize * PAYLOAD_WORDS..].iter().zip(words) {
+            to.store(*word, Ordering::Relaxed);
+        }
+    }
+
+    /// Word `index` of the segment.
+    #[inline]
+    pub(crate) fn word(&self, index: usize) -> u64 {
+        self.words[index].load(Ordering::Acquire)
+    }
+
+    /// Whether some page is damaged.
+    #[inline]
+    pub(crate) fn any_bad(&self) -> bool {
+        self.bad.load(Ordering::Relaxed) != 0
+    }
+
     /// Marks page `page` (0…63) as damaged.
     pub(crate) fn mark_bad(&self, page: u64) {
         self.bad.fetch_or(1 << page, Ordering::Relaxed);
@@ -97,7 +124,7 @@ pub(crate) enum Run {
     Bad,
 }
 
-/// The bitmap.
+/// A paged region.
 pub(crate) struct Bits {
     spine: Box<[OnceLock<Box<[OnceLock<Segment>]>>]>,
     /// Grows only; who finds a block below the covered length finds its bit below this.
@@ -190,6 +217,19 @@ impl Bits {
         }
     }
 
+    /// Word `index`, if its segment is loaded.
+    pub(crate) fn word(&self, index: u64) -> Option<u64> {
+        Some(self.segment(index / SEGMENT_WORDS)?.word((index % SEGMENT_WORDS) as usize))
+    }
+
+    /// Replaces the bits `mask` of word `index`, whose segment is loaded. Changes of one word do not
+    /// race with each other.
+    pub(crate) fn replace_in_word(&self, index: u64, mask: u64, value: u64) {
+        let segment = self.segment(index / SEGMENT_WORDS).expect("segment loaded before it changes");
+        let word = &segment.words[(index % SEGMENT_WORDS) as usize];
+        word.store(word.load(Ordering::Relaxed) & !mask | value, Ordering::Release);
+    }
+
     /// Clears every bit; no page is stored any more.
     pub(crate) fn clear(&self) {
         for segment in (0..self.len().div_ceil(SEGMENT_BITS)).filter_map(|i| self.segment(i)) {
@@ -206,9 +246,7 @@ impl Bits {
 
     /// The words of page `page` as they are in memory now.
     pub(crate) fn page_words(&self, page: u64) -> Box<[u64]> {
-        let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
-        let from = (page % SEGMENT_PAGES) as usize * PAYLOAD_WORDS;
-        segment.words[from..from + PAYLOAD_WORDS].iter().map(|w| w.load(Ordering::Acquire)).collect()
+        self.segment(page / SEGMENT_PAGES).expect("loaded").page_words(page % SEGMENT_PAGES)
     }
 
     /// The write count of page `page`.
@@ -246,11 +284,11 @@ pub(crate) fn set_words(words: &mut [u64], first: u64, end: u64, value: bool) {
     }
 }
 
-/// Checks a bit range of a record against the bitmap it names.
-pub(crate) fn check_range(first: u64, count: u64, bits: u64) -> Result<u64> {
+/// Checks the range of a record against the region it names.
+pub(crate) fn check_range(first: u64, count: u64, most: u64) -> Result<u64> {
     match first.checked_add(count) {
-        Some(end) if end <= bits => Ok(end),
-        _ => Err(Error::new(Kind::Corrupt, format!("journal record names bits {first}+{count} of {bits}"))),
+        Some(end) if end <= most => Ok(end),
+        _ => Err(Error::new(Kind::Corrupt, format!("journal record names bits or entries {first}+{count} of {most}"))),
     }
 }
 

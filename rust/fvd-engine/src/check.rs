@@ -7,11 +7,12 @@ use crate::executor::Queue;
 use crate::host::{FileId, Host, OpKind};
 use crate::io::bare;
 use crate::request::CheckReport;
+use crate::table::{ENTRY_BITS, EntryRun, page_of_entry};
 use bitvec::prelude::*;
 use fvd_format::header::HEADER_OFFSETS;
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page;
-use fvd_format::{Header, RegionKind};
+use fvd_format::page::{self, PAYLOAD_ENTRIES};
+use fvd_format::{Header, Region, RegionKind};
 use std::rc::Rc;
 
 impl<H: Host> Queue<H> {
@@ -53,6 +54,9 @@ impl<H: Host> Queue<H> {
         if header.region(RegionKind::Bitmap).is_some() {
             self.check_bitmap(&header, &mut report).await?;
         }
+        if header.is_compact() {
+            self.check_table(&header, &mut report).await?;
+        }
         Ok(report)
     }
 
@@ -60,29 +64,79 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         let region = *header.region(RegionKind::Bitmap).expect("checked by the caller");
         report.blocks_total = header.blocks();
-        for segment in 0..region.pages().div_ceil(SEGMENT_PAGES) {
-            self.load_segment(segment).await?;
-        }
-        for index in (0..region.pages()).filter(|&p| image.bits().is_bad(p)) {
-            report.corrupt(format!("bitmap page {index} is damaged"));
-        }
+        self.check_pages(RegionKind::Bitmap, &region, report).await?;
         let last = region.pages() - 1;
         let tail = header.blocks() - last * page::PAYLOAD_BITS;
         if let Some(extra) = image.bits().page_words(last).view_bits::<Lsb0>()[tail as usize..].first_one() {
             report.corrupt(format!("the bitmap has a bit past its last block: {}", header.blocks() + extra as u64));
         }
         report.blocks_present = image.bits().count_ones();
+        Ok(())
+    }
+
+    /// Every storage chunk belongs to one guest chunk at most, and to no region (FMT-76, FMT-77).
+    async fn check_table(self: &Rc<Self>, header: &Header, report: &mut CheckReport) -> Result<()> {
+        let image = self.image().clone();
+        let region = *header.region(RegionKind::Table).expect("compact image");
+        report.chunks_total = header.chunks();
+        self.check_pages(RegionKind::Table, &region, report).await?;
+        let table = image.region(RegionKind::Table);
+        let last = page_of_entry(header.chunks().max(1) - 1);
+        let words = table.page_words(last);
+        let used = (header.chunks() - last * PAYLOAD_ENTRIES) as usize;
+        let entries = words.iter().flat_map(|w| [*w as u32, (*w >> ENTRY_BITS) as u32]);
+        if let Some(extra) = entries.skip(used).position(|entry| entry != 0) {
+            report.corrupt(format!("the lookup table has an entry past its last chunk: {}", header.chunks() + extra as u64));
+        }
+        // Runs of storage chunks, with the guest chunk of each one's start.
+        let mut runs: Vec<(u64, u64, u64)> = Vec::new();
+        let mut at = 0;
+        while at < header.chunks() {
+            at += match table.entry_run(at, header.chunks()) {
+                EntryRun::Chunks { id, count } => {
+                    report.chunks_allocated += count;
+                    report.chunks_fragmented += u64::from(runs.last().is_some_and(|(start, end, guest)| guest + (end - start) == at && *end != id));
+                    runs.push((id, id + count, at));
+                    count
+                }
+                EntryRun::Free { count } => count,
+                _ => 1,
+            };
+        }
+        runs.sort_unstable();
+        let mut end = (0, 0);
+        for (start, stop, guest) in runs {
+            if start < end.0 {
+                report.corrupt(format!("storage chunk {start} of guest chunk {guest} belongs to guest chunk {} too", end.1));
+            }
+            end = end.max((stop, guest));
+        }
+        let reach = image.meta().reach;
+        report.image_end = report.image_end.max(reach);
+        Ok(())
+    }
+
+    /// Reads every stored page of a region and compares the sum of write counts.
+    async fn check_pages(self: &Rc<Self>, kind: RegionKind, region: &Region, report: &mut CheckReport) -> Result<()> {
+        let image = self.image().clone();
+        for segment in 0..region.pages().div_ceil(SEGMENT_PAGES) {
+            self.load_segment(kind, segment).await?;
+        }
+        let pages = image.region(kind);
+        let bad: Vec<u64> = (0..region.pages()).filter(|&p| pages.is_bad(p)).collect();
+        for index in &bad {
+            report.corrupt(format!("page {index} of {kind:?} is damaged"));
+        }
         // Pages that were synced and yet are gone show in the sum of the write counts, but only
         // while no checkpoint is half done.
         let quiet = {
             let meta = image.meta();
             meta.dirty_pages.is_empty() && meta.written.is_empty() && meta.overlay.is_empty() && meta.replayed.is_empty() && !meta.checkpointing
         };
-        let bad = (0..region.pages()).any(|p| image.bits().is_bad(p));
-        if quiet && !bad {
-            let sum: u64 = (0..region.pages()).map(|p| u64::from(image.bits().count(p))).sum();
+        if quiet && bad.is_empty() {
+            let sum: u64 = (0..region.pages()).map(|p| u64::from(pages.count(p))).sum();
             if sum != region.count_sum {
-                report.corrupt(format!("the bitmap's pages were written {sum} times, the header says {}: a write was lost", region.count_sum));
+                report.corrupt(format!("the pages of {kind:?} were written {sum} times, the header says {}: a write was lost", region.count_sum));
             }
         }
         Ok(())

@@ -5,7 +5,7 @@
 use crate::error::Result;
 use crate::executor::Queue;
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
-use crate::image::{Image, Meta, faulty};
+use crate::image::{Image, Meta, PageId, faulty};
 use fvd_format::double_write::{BATCH_PAGES_MAX, Batch, BatchEntry};
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::{self, PAYLOAD_BITS, PageHeader};
@@ -96,7 +96,7 @@ impl<H: Host> Queue<H> {
     }
 
     /// Writes `pages`. Recovery has only those in memory that it is about to write, and may find more.
-    async fn write_part(self: &Rc<Self>, pages: &BTreeSet<u64>, rest: &mut BTreeSet<u64>, number: u64) -> Result<()> {
+    async fn write_part(self: &Rc<Self>, pages: &BTreeSet<PageId>, rest: &mut BTreeSet<PageId>, number: u64) -> Result<()> {
         let image = self.image().clone();
         if image.meta().replayed.is_empty() {
             return self.write_batch(pages, number).await;
@@ -104,14 +104,14 @@ impl<H: Host> Queue<H> {
         self.fetch_pages(pages).await?;
         let group = (image.granule() / PAGE_SIZE) as u64;
         let found = std::mem::take(&mut image.meta().dirty_pages);
-        rest.extend(found.into_iter().filter(|p| pages.range(p / group * group..(p / group + 1) * group).next().is_none()));
+        rest.extend(found.into_iter().filter(|(kind, p)| pages.range((*kind, p / group * group)..(*kind, (p / group + 1) * group)).next().is_none()));
         let result = self.write_batch(pages, number).await;
         image.meta().fetched.clear();
         result
     }
 
     /// One batch: area → sync → in place → sync.
-    async fn write_batch(self: &Rc<Self>, pages: &BTreeSet<u64>, checkpoint: u64) -> Result<()> {
+    async fn write_batch(self: &Rc<Self>, pages: &BTreeSet<PageId>, checkpoint: u64) -> Result<()> {
         let image = self.image().clone();
         let (header, number, sealed) = {
             let mut meta = image.meta();
@@ -174,39 +174,41 @@ impl Image {
 }
 
 impl Meta {
-    /// The words of bitmap page `index` as completed commits say, and its write count; `None` if it is
-    /// damaged.
-    fn stable_page(&self, image: &Image, index: u64) -> Option<(Box<[u64]>, u32)> {
+    /// The words of a page as completed commits say, and its write count; `None` if it is damaged.
+    fn stable_page(&self, image: &Image, id: PageId) -> Option<(Box<[u64]>, u32)> {
         if !self.replayed.is_empty() {
-            return self.fetched.get(&index).map(|page| (page.words.clone(), page.write_count));
+            return self.fetched.get(&id).map(|page| (page.words.clone(), page.write_count));
         }
-        let words = self.stable.get(&index).filter(|_| !faulty!(image, CheckpointFromMemory)).cloned().unwrap_or_else(|| image.bits().page_words(index));
-        (!image.bits().is_bad(index)).then(|| (words, image.bits().count(index)))
+        let (kind, index) = id;
+        let pages = image.region(kind);
+        let words = self.stable.get(&id).filter(|_| !faulty!(image, CheckpointFromMemory)).cloned().unwrap_or_else(|| pages.page_words(index));
+        (!pages.is_bad(index)).then(|| (words, pages.count(index)))
     }
 
-    /// Sets the write count of bitmap page `index`; returns what it was.
-    fn replace_count(&mut self, image: &Image, index: u64, count: u32) -> u32 {
-        if let Some(page) = self.fetched.get_mut(&index) {
+    /// Sets the write count of a page; returns what it was.
+    fn replace_count(&mut self, image: &Image, id: PageId, count: u32) -> u32 {
+        if let Some(page) = self.fetched.get_mut(&id) {
             return std::mem::replace(&mut page.write_count, count);
         }
-        let before = image.bits().count(index);
-        image.bits().set_count(index, count);
+        let before = image.region(id.0).count(id.1);
+        image.region(id.0).set_count(id.1, count);
         before
     }
 
     /// Seals the stable images of `pages`, of what shares their write granule, and of the page-map
     /// pages that record them, in region and index order.
-    fn seal_batch(&mut self, image: &Image, header: &Header, pages: &BTreeSet<u64>, checkpoint: u64) -> Vec<Sealed> {
+    fn seal_batch(&mut self, image: &Image, header: &Header, pages: &BTreeSet<PageId>, checkpoint: u64) -> Vec<Sealed> {
         let group = (image.granule() / PAGE_SIZE) as u64;
-        let region = *header.region(RegionKind::Bitmap).expect("image with a bitmap");
+        let region = |kind| *header.region(kind).expect("page of a region");
         let mut all = BTreeSet::new();
-        for page in pages {
-            all.extend((page / group * group..(page / group + 1) * group).filter(|p| *p < region.pages()));
+        for (kind, page) in pages {
+            let shared = page / group * group..(page / group + 1) * group;
+            all.extend(shared.filter(|p| *p < region(*kind).pages()).map(|p| (*kind, p)));
         }
         let all: Vec<_> = all.into_iter().filter_map(|index| self.stable_page(image, index).map(|page| (index, page))).collect();
         if !faulty!(image, PageMapForgotten) {
-            for (page, _) in &all {
-                let bit = region.map_first + page;
+            for ((kind, page), _) in &all {
+                let bit = region(*kind).map_first + page;
                 if !self.is_stored(bit) {
                     let within = bit % PAYLOAD_BITS;
                     self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] |= 1 << (within % 64);
@@ -228,10 +230,10 @@ impl Meta {
             let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
         }
-        for (index, (words, before)) in all {
-            let write_count = self.count_page(image, RegionKind::Bitmap, index, before);
-            self.replace_count(image, index, write_count);
-            let place = PageHeader { kind: RegionKind::Bitmap, generation: region.generation, index, write_count, checkpoint };
+        for ((kind, index), (words, before)) in all {
+            let write_count = self.count_page(image, kind, index, before);
+            self.replace_count(image, (kind, index), write_count);
+            let place = PageHeader { kind, generation: region(kind).generation, index, write_count, checkpoint };
             sealed.push(self.seal(header, place, before, &words));
         }
         assert!(sealed.len() <= BATCH_PAGES_MAX);
@@ -243,7 +245,7 @@ impl Meta {
         for page in sealed {
             let count = match page.kind {
                 RegionKind::PageMap => std::mem::replace(&mut self.page_map_counts[page.index as usize], page.count_before),
-                _ => self.replace_count(image, page.index, page.count_before),
+                kind => self.replace_count(image, (kind, page.index), page.count_before),
             };
             let sum = self.count_sums.entry(page.kind).or_default();
             *sum = sum.wrapping_sub(u64::from(count)).wrapping_add(u64::from(page.count_before));

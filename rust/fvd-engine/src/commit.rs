@@ -6,11 +6,13 @@
 //! covers it.
 
 use crate::bits::set_words;
+use crate::changes::Changes;
 use crate::error::Result;
 use crate::executor::{Job, Queue};
 use crate::host::{FileId, Host, LogLevel, OwnBuf};
-use crate::image::{Image, Meta, Runs, add_run, faulty};
-use fvd_format::journal::{self, CommitId, RECORD_HEAD, Record, UNIT_PAYLOAD};
+use crate::image::{Image, Meta, PageId, faulty};
+use crate::table::{ENTRY_BITS, page_of_entry};
+use fvd_format::journal::{self, CommitId, UNIT_PAYLOAD};
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::PAYLOAD_BITS;
 use fvd_format::RegionKind;
@@ -22,7 +24,7 @@ pub(crate) const GRANULE_MAX: usize = 64 << 10;
 impl Meta {
     /// Journal units that the pending changes need.
     pub(crate) fn pending_units(&self) -> u64 {
-        if self.pending.is_empty() { 0 } else { journal::units_for(self.pending.len() * RECORD_HEAD) }
+        if self.pending.is_empty() { 0 } else { journal::units_for(self.pending.bytes()) }
     }
 
     /// Whether `units` more journal units fit without touching one that still counts.
@@ -97,6 +99,7 @@ impl<H: Host> Queue<H> {
         {
             let mut meta = image.meta();
             meta.committing = false;
+            meta.frees_on_way = false;
             meta.commits_done = meta.commits_begun;
             match &result {
                 Ok(()) => meta.commits_ok = meta.commits_begun,
@@ -113,22 +116,22 @@ impl<H: Host> Queue<H> {
             let mut meta = image.meta();
             meta.commits_begun += 1;
             meta.commit_queued = false;
+            meta.frees_on_way = !meta.pending.freed.is_empty();
             std::mem::take(&mut meta.pending)
         };
-        // The set is frozen; whatever it exposes was written before, so this sync covers it.
-        if frozen.is_empty() || !faulty!(image, NoDataSync) {
+        // The set is frozen; whatever it exposes was written before, so this sync covers it. What only
+        // fills fresh space needs none of its own: without it the guest finds the zeroes of before (R6).
+        let data_first = frozen.data_first && !faulty!(image, NoDataSync);
+        if frozen.is_empty() || data_first {
             self.sync().await?;
         }
         if faulty!(image, FreezeAfterSync) {
-            for (start, end) in std::mem::take(&mut image.meta().pending) {
-                add_run(&mut frozen, start, end);
-            }
+            let more = std::mem::take(&mut image.meta().pending);
+            frozen.take_back(more);
         }
+        let most = self.commit_most();
         while !frozen.is_empty() {
-            let rest = match self.commit_most().and_then(|most| frozen.keys().nth(most).copied()) {
-                Some(key) => frozen.split_off(&key),
-                None => Runs::new(),
-            };
+            let rest = frozen.split(most);
             image.meta().frozen = frozen;
             if let Err(error) = self.append_frozen().await {
                 // Memory keeps what was set; the next commit retries at the same place.
@@ -140,21 +143,24 @@ impl<H: Host> Queue<H> {
                 if faulty!(image, FailedCommitForgotten) {
                     return Err(error);
                 }
-                for (start, end) in failed.into_iter().chain(rest) {
-                    add_run(&mut meta.pending, start, end);
-                }
+                meta.pending.take_back(failed);
+                rest.into_iter().for_each(|rest| meta.pending.take_back(rest));
                 return Err(error);
             }
+            let Some(rest) = rest else {
+                frozen = Changes { freed: std::mem::take(&mut image.meta().frozen.freed), ..Changes::default() };
+                break;
+            };
             frozen = rest;
         }
+        self.release_chunks(frozen.freed);
         Ok(())
     }
 
-    /// Most records a commit may have: a quarter of the journal. Each record is right alone, so a
-    /// larger set is cut anywhere.
-    fn commit_most(&self) -> Option<usize> {
-        let units = self.image().meta().header.as_ref()?.journal_units() as usize / 4;
-        Some(units * UNIT_PAYLOAD / RECORD_HEAD)
+    /// Most bytes of records in a commit: a quarter of the journal.
+    fn commit_most(&self) -> usize {
+        let units = self.image().meta().header.as_ref().expect("open").journal_units() as usize / 4;
+        units * UNIT_PAYLOAD
     }
 
     /// Appends the frozen set, syncs, and makes it the stable state.
@@ -162,10 +168,7 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         self.ensure_session().await?;
         let granule = image.granule();
-        let mut payload = Vec::new();
-        for (&start, &end) in &image.meta().frozen {
-            encode_bits(&mut payload, start, end);
-        }
+        let payload = image.meta().frozen.encode();
         let units = (journal::units_for(payload.len()) * PAGE_SIZE as u64).next_multiple_of(granule as u64) / PAGE_SIZE as u64;
         self.wait_for_journal(units).await?;
         let (uuid, id, region) = {
@@ -266,7 +269,7 @@ impl<H: Host> Queue<H> {
             let image = self.image();
             let arm = {
                 let mut meta = image.meta();
-                let wanted = !meta.pending.is_empty() && !image.is_poisoned();
+                let wanted = meta.pending.is_due() && !image.is_poisoned();
                 wanted.then(|| meta.arm_timer(self.host().now_ns(), image.config.commit_interval_ns)).flatten()
             };
             if let Some(at) = arm {
@@ -276,35 +279,59 @@ impl<H: Host> Queue<H> {
     }
 }
 
-/// Appends records for a run of set bits; one record holds at most 2³²−1 of them.
-fn encode_bits(payload: &mut Vec<u8>, start: u64, end: u64) {
-    let mut first = start;
-    while first < end {
-        let count = (end - first).min(u64::from(u32::MAX)) as u32;
-        Record::Bits { region: RegionKind::Bitmap, value: true, first, count }.encode(payload);
-        first += u64::from(count);
-    }
-}
-
 impl Meta {
     /// The frozen set became stable: the stable images say so, and the pages await a checkpoint.
+    /// Freed chunks stay, for who releases them.
     pub(crate) fn make_frozen_stable(&mut self, image: &Image) {
-        let bits = image.bits();
-        let mut pages = Vec::new();
-        for (start, end) in std::mem::take(&mut self.frozen) {
+        let frozen = std::mem::take(&mut self.frozen);
+        let mut pages: Vec<PageId> = Vec::new();
+        for (start, end) in frozen.bits {
             for page in start / PAYLOAD_BITS..=(end - 1) / PAYLOAD_BITS {
                 let from = page * PAYLOAD_BITS;
-                let words = self.stable.get_mut(&page).expect("a changed page has a stable image");
+                let id = (RegionKind::Bitmap, page);
+                let words = self.stable_words(image, id);
                 set_words(words, start.max(from) - from, end.min(from + PAYLOAD_BITS) - from, true);
-                pages.push(page);
+                pages.push(id);
             }
         }
+        for (chunk, value) in frozen.entries {
+            let id = (RegionKind::Table, page_of_entry(chunk));
+            let words = self.stable_words(image, id);
+            let bit = chunk * ENTRY_BITS % PAYLOAD_BITS;
+            let (word, shift) = ((bit / 64) as usize, bit % 64);
+            words[word] = words[word] & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
+            pages.push(id);
+        }
         pages.dedup();
-        for page in pages {
-            self.dirty_pages.insert(page);
-            if self.stable.get(&page).is_some_and(|words| *words == bits.page_words(page)) {
-                self.stable.remove(&page);
+        for id in pages {
+            self.dirty_pages.insert(id);
+            if self.stable.get(&id).is_some_and(|words| *words == image.region(id.0).page_words(id.1)) {
+                self.stable.remove(&id);
             }
+        }
+        self.reach = self.reach.max(frozen.reach.unwrap_or(0));
+        self.frozen.freed = frozen.freed;
+    }
+
+    /// Keeps the stable image of a page, from before the first change that is not stable.
+    pub(crate) fn keep_stable(&mut self, image: &Image, id: PageId) {
+        self.stable_words(image, id);
+    }
+
+    /// The stable image of a page. Where none is kept, memory is what is stable: all changes since
+    /// took each other back.
+    fn stable_words(&mut self, image: &Image, id: PageId) -> &mut [u64] {
+        self.stable.entry(id).or_insert_with(|| image.region(id.0).page_words(id.1))
+    }
+
+    /// What completed commits say of entry `chunk` of the table.
+    pub(crate) fn stable_entry(&self, image: &Image, chunk: u64) -> u32 {
+        match self.stable.get(&(RegionKind::Table, page_of_entry(chunk))) {
+            Some(words) => {
+                let bit = chunk * ENTRY_BITS % PAYLOAD_BITS;
+                (words[(bit / 64) as usize] >> (bit % 64)) as u32
+            }
+            None => image.region(RegionKind::Table).entry(chunk),
         }
     }
 }

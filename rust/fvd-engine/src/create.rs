@@ -11,17 +11,17 @@ use crate::layout::{REGION_ALIGNMENT, place_regions};
 use crate::request::{CreateParams, Preallocation};
 use crate::resize::check_base;
 use bitvec::prelude::*;
-use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, compatible};
+use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, compatible, incompatible};
 use fvd_format::limits::*;
-use fvd_format::page::PAYLOAD_WORDS;
-use fvd_format::{Header, PageZero};
+use fvd_format::page::{PAYLOAD_ENTRIES, PAYLOAD_WORDS};
+use fvd_format::{Header, PageZero, RegionKind};
 use std::rc::Rc;
 
 /// Zeroing is asked for in steps of this, so that one request stays short: bytes.
 const ZERO_STEP: u64 = 1 << 30;
 
 impl<H: Host> Queue<H> {
-    /// Makes a new flat image.
+    /// Makes a new image.
     pub(crate) async fn create(self: &Rc<Self>, params: &CreateParams) -> Result<()> {
         let image = self.image().clone();
         if image.state() != State::New {
@@ -60,12 +60,17 @@ impl<H: Host> Queue<H> {
         if params.block_size != 0 && (!params.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&params.block_size)) {
             return fail(Kind::Invalid, format!("block_size {} is no power of two from {BLOCK_SIZE_MIN} to {BLOCK_SIZE_MAX}", params.block_size));
         }
+        let (chunk_size, storage_grow_unit) = plan_chunks(params, virtual_size)?;
+        if params.compact && params.block_size > chunk_size {
+            return fail(Kind::Invalid, format!("block_size {} is larger than chunk_size {chunk_size}", params.block_size));
+        }
         if params.detect_sparse_hole != 0 && !has_base {
             return fail(Kind::Invalid, "detect_sparse_hole needs a base");
         }
         let counted = if base_length == BASE_LENGTH_UNKNOWN { virtual_size } else { base_length.min(virtual_size) };
         let block_size = match params.block_size {
             _ if counted == 0 => 0,
+            0 if params.compact => default_block_size(counted).min(chunk_size),
             0 => default_block_size(counted),
             given => given,
         };
@@ -80,16 +85,16 @@ impl<H: Host> Queue<H> {
             crypt_method: 0,
             clean: true,
             // Without a base nothing is tracked until the first write, which may find one (FMT-140).
-            pristine: !has_base && self.image().limits(FileId::Image).grows_zeroed && params.preallocation == Preallocation::Off,
-            incompatible: 0,
+            pristine: !has_base && (params.compact || self.image().limits(FileId::Image).grows_zeroed) && params.preallocation == Preallocation::Off,
+            incompatible: if params.compact { incompatible::COMPACT } else { 0 },
             compatible: if self.image().limits(FileId::Image).grows_zeroed { 0 } else { compatible::NON_ZEROING },
             autoclear: 0,
             block_size,
-            chunk_size: 0,
+            chunk_size,
             base_length,
             covered,
             data_offset: 0,
-            storage_grow_unit: 0,
+            storage_grow_unit,
             reach: 0,
             epoch: 1,
             first_seq: 0,
@@ -101,6 +106,10 @@ impl<H: Host> Queue<H> {
             regions: [None; REGION_SLOTS],
         };
         place_regions(&mut header, journal_size);
+        if params.compact {
+            let mapped = if params.preallocation == Preallocation::Off { 0 } else { header.chunks() };
+            header.reach = header.chunk_offset(mapped);
+        }
         header.validate()?;
         Ok(header)
     }
@@ -191,7 +200,12 @@ impl<H: Host> Queue<H> {
             self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
         }
         self.preallocate(params.preallocation, &header, total).await?;
-        let words = |index: u64| {
+        let preallocated = header.is_compact() && params.preallocation != Preallocation::Off;
+        let chunks = header.chunks();
+        let words = |kind: RegionKind, index: u64| {
+            if kind == RegionKind::Table {
+                return preallocated.then(|| identity_page(index, chunks));
+            }
             let words = holes.as_ref()?.as_raw_slice().chunks(PAYLOAD_WORDS).nth(index as usize)?;
             words.iter().any(|&w| w != 0).then(|| words.to_vec())
         };
@@ -209,10 +223,13 @@ impl<H: Host> Queue<H> {
 
     async fn preallocate(self: &Rc<Self>, how: Preallocation, header: &Header, total: u64) -> Result<()> {
         let mut at = header.data_offset;
+        let zeroed = self.image().limits(FileId::Image).grows_zeroed;
         while at < total {
             let n = match how {
-                Preallocation::Off | Preallocation::Metadata => return Ok(()),
-                Preallocation::Falloc => {
+                Preallocation::Off => return Ok(()),
+                // Chunks that have their place read as zero.
+                Preallocation::Metadata if zeroed || !header.is_compact() => return Ok(()),
+                Preallocation::Metadata | Preallocation::Falloc => {
                     let n = (total - at).min(ZERO_STEP);
                     self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, at, n)).await?;
                     n
@@ -227,4 +244,37 @@ impl<H: Host> Queue<H> {
         }
         Ok(())
     }
+}
+
+/// Chunk size and growth step; 0 unless the image is to be compact.
+fn plan_chunks(params: &CreateParams, virtual_size: u64) -> Result<(u32, u64)> {
+    if !params.compact {
+        return match (params.chunk_size, params.storage_grow_unit) {
+            (0, 0) => Ok((0, 0)),
+            _ => fail(Kind::Invalid, "chunk_size and storage_grow_unit need compact_image=on"),
+        };
+    }
+    let mut chunk = if params.chunk_size == 0 { CHUNK_SIZE_DEFAULT } else { params.chunk_size };
+    if !chunk.is_power_of_two() || !(CHUNK_SIZE_MIN..=CHUNK_SIZE_MAX).contains(&chunk) {
+        return fail(Kind::Invalid, format!("chunk_size {chunk} is no power of two from {CHUNK_SIZE_MIN} to {CHUNK_SIZE_MAX}"));
+    }
+    while params.chunk_size == 0 && chunk < CHUNK_SIZE_MAX && virtual_size.div_ceil(u64::from(chunk)) > CHUNKS_MAX {
+        chunk *= 2;
+    }
+    let chunks = virtual_size.div_ceil(u64::from(chunk));
+    if chunks > CHUNKS_MAX {
+        return fail(Kind::OutOfRange, format!("size {virtual_size} needs {chunks} chunks of {chunk} bytes, at most {CHUNKS_MAX} fit"));
+    }
+    let unit = if params.storage_grow_unit == 0 { STORAGE_GROW_UNIT_DEFAULT.max(u64::from(chunk)) } else { params.storage_grow_unit };
+    if !unit.is_multiple_of(u64::from(chunk)) || unit > STORAGE_GROW_UNIT_MAX {
+        return fail(Kind::Invalid, format!("storage_grow_unit {unit} is no multiple of chunk_size {chunk}, or above {STORAGE_GROW_UNIT_MAX}"));
+    }
+    Ok((chunk, unit))
+}
+
+/// Page `index` of a table of `chunks` chunks in which each has the storage chunk of its number.
+fn identity_page(index: u64, chunks: u64) -> Vec<u64> {
+    let first = index * PAYLOAD_ENTRIES;
+    let entry = |n: u64| if n < chunks { n + 1 } else { 0 };
+    (0..PAYLOAD_WORDS as u64).map(|word| entry(first + 2 * word) | entry(first + 2 * word + 1) << 32).collect()
 }

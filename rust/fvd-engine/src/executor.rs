@@ -29,6 +29,8 @@ pub(crate) enum Job<B> {
     Commit,
     /// Writes metadata pages in place and frees journal space.
     Checkpoint,
+    /// Gives the storage of freed chunks back to the host.
+    Punch,
 }
 
 #[derive(Default)]

@@ -122,12 +122,36 @@ pub enum Fault {
     CheckpointFromMemory,
     /// Emptying gives back to the base only what has a bit already.
     EmptyWithinCovered,
+    /// The look for free chunks forgets those that regions lie in.
+    ScanForgetsRegions,
+    /// Chunks found free are taken for zeroes (R6).
+    FreeIsFresh,
+    /// Freed chunks that were zeroed count as fresh before that is stable (R6).
+    FreshNotSynced,
+    /// A growth step is opened over what lies behind the reach (R6).
+    StepNotZeroed,
+    /// A growth step is used before the reach says so (R6).
+    ReachForgotten,
+    /// Emptying an image frees its chunks while they are still read (R5).
+    EmptyFreesAtOnce,
+    /// Reads by the engine hold no bracket (R4).
+    ReadWithoutBracket,
+    /// A write does not look again for storage once it has the lock of its range (R12).
+    NoSecondLook,
+    /// A chunk that was used before is not zeroed (R7).
+    ReuseNotZeroed,
+    /// Freed chunks are reused while who began before still uses them (R5).
+    FreeWithoutNarrowing,
+    /// Freed chunks are reused before their freeing is stable (R4).
+    FreedAtOnce,
+    /// A commit that covers base data has one sync (R6).
+    OneSyncOverBase,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 56] = [
+    pub const ALL: [Fault; 68] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -184,5 +208,17 @@ impl Fault {
         Self::TimerNotRearmed,
         Self::CheckpointFromMemory,
         Self::EmptyWithinCovered,
+        Self::ScanForgetsRegions,
+        Self::FreeIsFresh,
+        Self::FreshNotSynced,
+        Self::StepNotZeroed,
+        Self::ReachForgotten,
+        Self::EmptyFreesAtOnce,
+        Self::ReadWithoutBracket,
+        Self::NoSecondLook,
+        Self::ReuseNotZeroed,
+        Self::FreeWithoutNarrowing,
+        Self::FreedAtOnce,
+        Self::OneSyncOverBase,
     ];
 }

@@ -15,6 +15,10 @@ pub(crate) async fn run<H: Host>(queue: &Rc<Queue<H>>, job: Job<H::Buf>) -> Resu
             queue.background_commit().await;
             Ok(Reply::Done)
         }
+        Job::Punch => {
+            queue.punch().await;
+            Ok(Reply::Done)
+        }
         Job::Checkpoint => {
             queue.background_checkpoint().await;
             Ok(Reply::Done)

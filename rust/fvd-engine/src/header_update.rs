@@ -19,7 +19,10 @@ impl<H: Host> Queue<H> {
         let mut header = image.header();
         change(&mut header);
         header.generation += 1;
-        header.last_batch = image.meta().last_batch;
+        (header.last_batch, header.reach) = {
+            let meta = image.meta();
+            (meta.last_batch, header.reach.max(meta.reach))
+        };
         header.validate()?;
         let copies: &[usize] = if faulty!(image, HeaderOneCopy) { &[1] } else { &[2, 1] };
         for &copy in copies {
@@ -28,6 +31,8 @@ impl<H: Host> Queue<H> {
             self.sync().await.map_err(what)?;
         }
         let mut meta = image.meta();
+        // A commit may have raised it meanwhile.
+        meta.reach = meta.reach.max(header.reach);
         meta.header = Some(header);
         meta.stats.header_updates += 1;
         Ok(())

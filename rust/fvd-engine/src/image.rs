@@ -7,10 +7,12 @@
 
 use crate::bits::Bits;
 use crate::brackets::{BracketToken, Brackets};
+use crate::changes::Changes;
 use crate::error::{Error, Kind, Result};
 use crate::host::{FileId, Limits};
 use crate::replayed::Replayed;
 use crate::request::{Config, Info, Stats};
+use crate::space::Space;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{AsyncMutex, Mutex, MutexGuard, RangeLock, WaitQueue, lock};
 use fvd_format::page::PageHeader;
@@ -42,31 +44,38 @@ pub(crate) struct Map {
     /// Nothing was ever written and there is no bitmap yet: everything is in the base, or zero.
     pub(crate) pristine: AtomicBool,
     pub(crate) bits: OnceLock<Bits>,
+    /// Log₂ of the chunk size of a compact image; 0: flat.
+    pub(crate) chunk_shift: AtomicU32,
+    pub(crate) table: OnceLock<Bits>,
 }
 
-/// Runs of bits that were set since the last freeze: start → end.
-pub(crate) type Runs = BTreeMap<u64, u64>;
+/// A page of a region.
+pub(crate) type PageId = (RegionKind, u64);
 
-/// A bitmap page on its way through recovery, which does not need the bitmap in memory.
+/// A page on its way through recovery, which does not need the bitmap in memory.
 pub(crate) struct Fetched {
     pub(crate) words: Box<[u64]>,
     pub(crate) write_count: u32,
 }
 
-/// Metadata that changes, and its three values: memory (in [`Map::bits`]), frozen in the commit on
-/// its way, and stable.
+/// Metadata that changes, and its three values: memory (in [`Map`]), frozen in the commit on its way,
+/// and stable.
 #[derive(Default)]
 pub(crate) struct Meta {
     /// As both copies in the file say.
     pub(crate) header: Option<Header>,
-    /// Set bits that no commit has frozen yet.
-    pub(crate) pending: Runs,
-    /// Set bits in the commit on its way.
-    pub(crate) frozen: Runs,
+    /// Changes that no commit has frozen yet.
+    pub(crate) pending: Changes,
+    /// Changes in the commit on its way.
+    pub(crate) frozen: Changes,
     /// Stable images of the pages where memory is ahead.
-    pub(crate) stable: BTreeMap<u64, Box<[u64]>>,
-    /// Bitmap pages whose stable image is not in place.
-    pub(crate) dirty_pages: BTreeSet<u64>,
+    pub(crate) stable: BTreeMap<PageId, Box<[u64]>>,
+    /// Pages whose stable image is not in place.
+    pub(crate) dirty_pages: BTreeSet<PageId>,
+    /// The file may be written up to here, stable (R6); every header update stores it.
+    pub(crate) reach: u64,
+    /// Free storage of a compact image, once it was looked for.
+    pub(crate) space: Option<Space>,
     /// Page map: payload words of each of its pages. A page comes into memory only after it was found
     /// valid, so that a length in the header alone costs nothing.
     pub(crate) page_map: Vec<Box<[u64]>>,
@@ -76,14 +85,14 @@ pub(crate) struct Meta {
     /// Sums of write counts by region, as the next header will say.
     pub(crate) count_sums: BTreeMap<RegionKind, u64>,
     /// Pages that the unfinished checkpoint has written: each is counted once.
-    pub(crate) written: BTreeSet<(RegionKind, u64)>,
+    pub(crate) written: BTreeSet<PageId>,
     /// Pages that recovery found in the double-write area and a read-only open may not write back.
-    pub(crate) overlay: BTreeMap<(RegionKind, u64), Vec<u8>>,
-    /// What the journal says of the bitmap: till recovery has it in place, or for as long as the image
+    pub(crate) overlay: BTreeMap<PageId, Vec<u8>>,
+    /// What the journal says of pages: till recovery has it in place, or for as long as the image
     /// is open read-only.
     pub(crate) replayed: Replayed,
     /// Pages that recovery has in its hands for the batch that comes next.
-    pub(crate) fetched: BTreeMap<u64, Fetched>,
+    pub(crate) fetched: BTreeMap<PageId, Fetched>,
     /// Where the next commit goes.
     pub(crate) next_seq: u64,
     pub(crate) next_commit: u64,
@@ -97,6 +106,8 @@ pub(crate) struct Meta {
     pub(crate) commits_ok: u64,
     pub(crate) commit_error: Option<Error>,
     pub(crate) committing: bool,
+    /// The commit on its way frees chunks.
+    pub(crate) frees_on_way: bool,
     pub(crate) commit_queued: bool,
     pub(crate) checkpointing: bool,
     pub(crate) checkpoint_error: Option<Error>,
@@ -133,6 +144,9 @@ pub struct Image {
     pub(crate) ranges: RangeLock,
     pub(crate) load_lock: AsyncMutex,
     pub(crate) header_lock: AsyncMutex,
+    /// Held by who looks for storage.
+    pub(crate) space_lock: AsyncMutex,
+    pub(crate) space_wait: WaitQueue,
     /// Held by whatever changes size, base or regions.
     pub(crate) layout_lock: AsyncMutex,
     pub(crate) commit_wait: WaitQueue,
@@ -156,10 +170,12 @@ impl Image {
             narrow_lock: AsyncMutex::default(),
             narrow_wait: WaitQueue::default(),
             map,
+            space_wait: WaitQueue::default(),
             meta: Mutex::default(),
             ranges: RangeLock::default(),
             load_lock: AsyncMutex::default(),
             header_lock: AsyncMutex::default(),
+            space_lock: AsyncMutex::default(),
             layout_lock: AsyncMutex::default(),
             commit_wait: WaitQueue::default(),
             checkpoint_wait: WaitQueue::default(),
@@ -295,7 +311,7 @@ impl Image {
         if !faulty!(self, TimerNotRearmed) {
             meta.timer_at = None;
         }
-        !meta.pending.is_empty() && self.state() == State::Open && !self.is_poisoned()
+        meta.pending.is_due() && self.state() == State::Open && !self.is_poisoned()
     }
 
     /// A page was read. One of a checkpoint that did not finish is not in the header's sum yet,
@@ -307,7 +323,7 @@ impl Image {
             *sum = sum.wrapping_add(1);
             match page.kind {
                 RegionKind::PageMap => meta.dirty_map_pages.insert(page.index),
-                _ => meta.dirty_pages.insert(page.index),
+                kind => meta.dirty_pages.insert((kind, page.index)),
             };
         }
     }
@@ -318,7 +334,8 @@ impl Image {
         let Some(header) = meta.header.clone() else {
             return Err(Error::new(Kind::State, "the image is not open"));
         };
-        Ok(Info { header, was_clean: meta.was_clean, commits_replayed: meta.commits_replayed, stats: meta.stats })
+        let free_chunks = meta.space.as_ref().map(Space::free_chunks);
+        Ok(Info { header, free_chunks, was_clean: meta.was_clean, commits_replayed: meta.commits_replayed, stats: meta.stats })
     }
 
     /// Whether the planted fault is `fault`.
@@ -342,35 +359,3 @@ macro_rules! faulty {
     }};
 }
 pub(crate) use faulty;
-
-/// Adds `start..end` to a set of runs, joining neighbours.
-pub(crate) fn add_run(runs: &mut Runs, mut start: u64, mut end: u64) {
-    if let Some((&s, &e)) = runs.range(..=start).next_back()
-        && e >= start
-    {
-        start = s;
-        end = end.max(e);
-    }
-    while let Some((&s, &e)) = runs.range(start..=end).next() {
-        runs.remove(&s);
-        end = end.max(e);
-    }
-    runs.insert(start, end);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_join() {
-        let mut runs = Runs::new();
-        for (start, end) in [(10, 20), (30, 40), (20, 25), (24, 31), (50, 60), (5, 70)] {
-            add_run(&mut runs, start, end);
-        }
-        assert_eq!(runs, Runs::from([(5, 70)]));
-        add_run(&mut runs, 72, 73);
-        add_run(&mut runs, 6, 7);
-        assert_eq!(runs, Runs::from([(5, 70), (72, 73)]));
-    }
-}

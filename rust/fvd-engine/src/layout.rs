@@ -4,7 +4,7 @@
 use crate::io::ceil;
 use fvd_format::header::{REGIONS_START, compatible};
 use fvd_format::limits::*;
-use fvd_format::page::PAYLOAD_BITS;
+use fvd_format::page::{PAYLOAD_BITS, PAYLOAD_ENTRIES};
 use fvd_format::{Header, Region, RegionKind, bitmap};
 
 /// Regions begin at multiples of this, so that no write granule is shared: bytes.
@@ -12,35 +12,57 @@ pub(crate) const REGION_ALIGNMENT: u64 = 64 << 10;
 /// Guest data begins at a multiple of this: bytes.
 const DATA_ALIGNMENT: u64 = 1 << 20;
 
-/// Gives every region of a new flat image its place, and the data its offset.
+/// Gives every region of a new image its place, and the data its offset.
 pub(crate) fn place_regions(header: &mut Header, journal_size: u64) {
-    if header.covered > 0 {
-        header.data_offset = ceil(give_places(header, journal_size), DATA_ALIGNMENT);
-        return;
-    }
+    let alignment = DATA_ALIGNMENT.max(u64::from(header.chunk_size));
     // Room for the regions of a bitmap made later: a hole, which costs addresses, not storage. Not
     // on a device, where it would cost storage.
+    let room = header.covered == 0 && header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
     let mut later = header.clone();
-    (later.covered, later.block_size) = (header.virtual_size, default_block_size(header.virtual_size));
-    let room = header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
-    let end = if room { give_places(&mut later, journal_size) } else { REGIONS_START };
-    header.data_offset = ceil(end, DATA_ALIGNMENT);
+    if room {
+        (later.covered, later.block_size) = (header.virtual_size, default_block_size_of(header));
+    }
+    let end = if room || header.covered > 0 || header.is_compact() { give_places(&mut later, journal_size) } else { REGIONS_START };
+    header.data_offset = ceil(end, alignment);
+    if header.covered > 0 || header.is_compact() {
+        header.regions = later.regions;
+    }
+    if header.covered == 0 {
+        *header.region_mut(RegionKind::Bitmap) = None;
+    }
 }
 
-/// Puts the regions of an image with a bitmap one behind the other; returns where they end.
+/// The default block size of an image whose bitmap covers the disk.
+pub(crate) fn default_block_size_of(header: &Header) -> u32 {
+    let block = default_block_size(header.virtual_size);
+    if header.is_compact() { block.min(header.chunk_size) } else { block }
+}
+
+/// The regions that the page map covers, with their pages, in the order of their page-map bits.
+fn mapped_pages(header: &Header) -> impl Iterator<Item = (RegionKind, u64)> {
+    let table = if header.is_compact() { header.chunks().div_ceil(PAYLOAD_ENTRIES).max(1) } else { 0 };
+    [(RegionKind::Bitmap, bitmap::pages(header.blocks())), (RegionKind::Table, table)].into_iter().filter(|(_, pages)| *pages > 0)
+}
+
+/// Puts the regions of an image with a journal one behind the other; returns where they end.
 fn give_places(header: &mut Header, journal_size: u64) -> u64 {
     let mut at = REGIONS_START;
-    let mut take = |length: u64| {
-        let region = Region { offset: at, length, generation: 1, map_first: 0, count_sum: 0 };
+    let mut take = |length: u64, map_first: u64| {
+        let region = Region { offset: at, length, generation: 1, map_first, count_sum: 0 };
         at = ceil(at + length, REGION_ALIGNMENT);
         Some(region)
     };
     let page = PAGE_SIZE as u64;
-    let bitmap_pages = bitmap::pages(header.blocks());
-    *header.region_mut(RegionKind::PageMap) = take(bitmap_pages.div_ceil(PAYLOAD_BITS) * page);
-    *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE);
-    *header.region_mut(RegionKind::Journal) = take(journal_size);
-    *header.region_mut(RegionKind::Bitmap) = take(bitmap_pages * page);
+    let mapped: Vec<_> = mapped_pages(header).collect();
+    let pages: u64 = mapped.iter().map(|(_, pages)| pages).sum();
+    *header.region_mut(RegionKind::PageMap) = take(pages.div_ceil(PAYLOAD_BITS) * page, 0);
+    *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE, 0);
+    *header.region_mut(RegionKind::Journal) = take(journal_size, 0);
+    let mut first = 0;
+    for (kind, pages) in mapped {
+        *header.region_mut(kind) = take(pages * page, first);
+        first += pages;
+    }
     at
 }
 
@@ -61,8 +83,22 @@ pub(crate) fn fit_places(header: &mut Header) -> bool {
     }
 }
 
-/// Space that `header` does not name, first fit. The disk counts as reaching to file byte
-/// `data_end` at least.
+/// Regions of `new` that are built anew, in place of `old`'s: kind, length, first page-map bit.
+pub(crate) fn regions_anew(new: &Header) -> Vec<(RegionKind, u64, u64)> {
+    let page = PAGE_SIZE as u64;
+    let mut first = 0;
+    let mut out: Vec<_> = mapped_pages(new)
+        .map(|(kind, pages)| {
+            first += pages;
+            (kind, pages * page, first - pages)
+        })
+        .collect();
+    out.insert(0, (RegionKind::PageMap, first.div_ceil(PAYLOAD_BITS) * page, 0));
+    out
+}
+
+/// Space that `header` does not name, first fit. A flat disk counts as reaching to file byte
+/// `data_end` at least; a compact image has all space from the data offset on in chunks.
 pub(crate) struct FreeSpace {
     /// Start and end of what is taken, in order of start.
     taken: Vec<(u64, u64)>,
@@ -70,8 +106,9 @@ pub(crate) struct FreeSpace {
 
 impl FreeSpace {
     pub(crate) fn of(header: &Header, data_end: u64) -> Self {
-        let data = (header.data_offset, header.flat_data_end().max(data_end));
-        let mut taken: Vec<_> = header.regions.iter().flatten().map(|r| (r.offset, r.offset + r.length)).chain([data]).collect();
+        let end = if header.is_compact() { i64::MAX as u64 } else { header.flat_data_end().max(data_end) };
+        let regions = header.regions.iter().flatten().map(|r| (r.offset, r.offset + r.length));
+        let mut taken: Vec<_> = regions.chain([(header.data_offset, end)]).collect();
         taken.sort_unstable();
         Self { taken }
     }

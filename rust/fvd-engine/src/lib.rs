@@ -17,6 +17,7 @@ use loom::sync::atomic::fence;
 mod bits;
 mod bits_load;
 mod brackets;
+mod changes;
 mod check;
 mod checkpoint;
 mod commit;
@@ -41,8 +42,10 @@ mod relayout;
 mod replayed;
 mod request;
 mod resize;
+mod space;
 mod status;
 mod sync;
+mod table;
 mod write;
 mod zeroes;
 

@@ -9,6 +9,7 @@ use crate::brackets::BracketToken;
 use crate::executor::Queue;
 use crate::host::{FileId, GuestBuf, Host, HostOp, OpKind, Segment};
 use crate::image::{Image, faulty};
+use crate::table::EntryRun;
 use std::sync::atomic::Ordering;
 
 /// Answer to a lookup.
@@ -62,17 +63,34 @@ impl Image {
         if offset >= size || len > size - offset {
             return None;
         }
-        let at = map.data_offset.load(Ordering::Relaxed) + offset;
         let covered = map.covered.load(Ordering::Acquire);
-        if offset >= covered {
-            return Some((at, len));
+        let mut run = len;
+        if offset < covered {
+            let shift = map.block_shift.load(Ordering::Relaxed);
+            let end = (offset + len).min(covered);
+            let (first, last) = (offset >> shift, (end - 1) >> shift);
+            match map.bits.get()?.run(first, last + 1) {
+                Run::Bits { value: true, len: blocks } if first + blocks > last || faulty!(self, LookupBeyondRun) => {}
+                Run::Bits { value: true, len: blocks } => run = ((first + blocks) << shift) - offset,
+                _ => return None,
+            }
         }
-        let shift = map.block_shift.load(Ordering::Relaxed);
-        let end = (offset + len).min(covered);
-        let (first, last) = (offset >> shift, (end - 1) >> shift);
-        match map.bits.get()?.run(first, last + 1) {
-            Run::Bits { value: true, len: run } if first + run > last || faulty!(self, LookupBeyondRun) => Some((at, len)),
-            Run::Bits { value: true, len: run } => Some((at, ((first + run) << shift) - offset)),
+        // The bits were loaded before the entry: who finds a bit finds the chunk that it is in.
+        match map.chunk_shift.load(Ordering::Relaxed) {
+            0 => Some((map.data_offset.load(Ordering::Relaxed) + offset, run)),
+            shift => self.place_in_chunks(shift, offset, run),
+        }
+    }
+
+    /// File offset and length of the run at `offset` of a compact image, if it has storage.
+    #[inline]
+    fn place_in_chunks(&self, shift: u32, offset: u64, len: u64) -> Option<(u64, u64)> {
+        let (first, end) = (offset >> shift, ((offset + len - 1) >> shift) + 1);
+        match self.map.table.get()?.entry_run(first, end) {
+            EntryRun::Chunks { id, count } => {
+                let at = self.map.data_offset.load(Ordering::Relaxed) + (id << shift) + (offset & ((1 << shift) - 1));
+                Some((at, len.min(((first + count) << shift) - offset)))
+            }
             _ => None,
         }
     }

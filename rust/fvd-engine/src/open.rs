@@ -8,6 +8,7 @@ use crate::host::{FileId, Host, LogLevel};
 use crate::image::{Image, State, faulty};
 use crate::io::{ENOMEDIUM, bare};
 use crate::recovery::WINDOW;
+use crate::table::ENTRY_BITS;
 use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, MAGIC_V1, autoclear};
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page;
@@ -164,17 +165,17 @@ impl<H: Host> Queue<H> {
         image.narrow().await;
         image.check_poison()?;
         self.commit_metadata().await?;
+        image.tasks_wait.until(|| (image.tasks() == 1).then_some(())).await;
+        image.check_poison()?;
         if !image.meta().session {
             return Ok(());
         }
-        image.tasks_wait.until(|| (image.tasks() == 1).then_some(())).await;
-        image.check_poison()?;
         if faulty!(image, CleanWithoutCheckpoint) {
             let seq = image.meta().next_seq;
             let commit = image.meta().next_commit;
             return self.update_header(|h| (h.clean, h.first_seq, h.first_commit) = (true, seq, commit)).await;
         }
-        assert!(image.meta().pending.is_empty() && image.meta().frozen.is_empty(), "nothing is left to commit");
+        assert!(!image.meta().pending.is_due() && image.meta().frozen.is_empty(), "nothing is left to commit");
         self.checkpoint(|header| header.clean = true).await
     }
 }
@@ -201,6 +202,10 @@ impl Image {
         if header.covered > 0 && !self.config.no_io {
             let _ = map.bits.set(Bits::new(header.blocks()));
         }
+        if header.is_compact() && !self.config.no_io {
+            let _ = map.table.set(Bits::new(header.chunks() * ENTRY_BITS));
+        }
+        map.chunk_shift.store(if header.is_compact() { header.chunk_size.trailing_zeros() } else { 0 }, Ordering::Release);
         // After the bitmap, so that who sees the length finds the bits.
         map.covered.store(header.covered, Ordering::Release);
         map.virtual_size.store(header.virtual_size, Ordering::Release);
@@ -211,6 +216,7 @@ impl Image {
         meta.next_commit = header.first_commit;
         meta.last_batch = header.last_batch;
         meta.last_checkpoint = header.last_checkpoint;
+        meta.reach = header.reach;
         for kind in RegionKind::ALL {
             if let Some(region) = header.region(kind) {
                 meta.count_sums.insert(kind, region.count_sum);

@@ -5,10 +5,12 @@
 //! A read-only open does the same in memory and writes nothing.
 
 use crate::bits::{SEGMENT_PAGES, check_range};
+use crate::bits_load::check_entries;
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
-use crate::host::{FileId, Host, LogLevel, OwnBuf};
+use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf};
 use crate::image::{Image, faulty};
+use crate::io::bare;
 use crate::replayed::Replayed;
 use fvd_format::double_write::Batch;
 use fvd_format::journal::{self, CommitId, Extent, RECORD_HEAD, Record, Scan, Scanner};
@@ -35,9 +37,21 @@ impl<H: Host> Queue<H> {
             }
             self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
         }
+        if header.is_compact() {
+            // A page in place may name storage that only a later commit's reach covers: the checkpoint
+            // that wrote it was cut short.
+            for extent in &scan.commits {
+                self.replay(&header, extent, |record| image.take_reach(&record)).await?;
+            }
+            let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+            let reach = image.meta().reach;
+            if length < reach {
+                return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the journal says {reach} may be in use"));
+            }
+        }
         let mut replayed = Replayed::default();
         for extent in &scan.commits {
-            self.replay(&header, extent, &mut replayed).await?;
+            self.replay(&header, extent, |record| image.take_down(record, &mut replayed)).await?;
         }
         {
             let mut meta = image.meta();
@@ -73,13 +87,13 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         let mut pages = {
             let meta = image.meta();
-            let region = meta.header.as_ref().and_then(|header| header.region(RegionKind::Bitmap).copied());
+            let header = meta.header.as_ref().expect("open image");
             let mut pages = meta.replayed.indices();
-            pages.retain(|page| region.is_some_and(|region| meta.is_stored(region.map_first + page)));
+            pages.retain(|(kind, page)| header.region(*kind).is_some_and(|region| meta.is_stored(region.map_first + page)));
             pages
         };
         while let Some(first) = pages.pop_first() {
-            let rest = pages.split_off(&(first + SEGMENT_PAGES));
+            let rest = pages.split_off(&(first.0, first.1 + SEGMENT_PAGES));
             pages.insert(first);
             self.fetch_pages(&pages).await?;
             image.meta().fetched.clear();
@@ -151,10 +165,9 @@ impl<H: Host> Queue<H> {
         Ok(scanner.finish())
     }
 
-    /// Reads a whole commit, a window at a time, and takes down what its records say. It was whole when
+    /// Reads a whole commit, a window at a time, and hands out its records. It was whole when
     /// the journal was scanned; storage that now says otherwise cannot be trusted.
-    async fn replay(self: &Rc<Self>, header: &Header, extent: &Extent, replayed: &mut Replayed) -> Result<()> {
-        let image = self.image().clone();
+    async fn replay(self: &Rc<Self>, header: &Header, extent: &Extent, mut take: impl FnMut(Record<'_>) -> Result<()>) -> Result<()> {
         let region = *header.region(RegionKind::Journal).expect("image with a journal");
         // A record may lie across the border of two units, or of two windows.
         let (mut payload, mut len) = (Vec::new(), 0);
@@ -172,7 +185,15 @@ impl<H: Host> Queue<H> {
             seq += units;
             let mut rest = &payload[..];
             while rest.len() >= RECORD_HEAD || (seq == end && !rest.is_empty()) {
-                image.take_down(Record::decode(&mut rest)?, replayed)?;
+                let before = rest;
+                match Record::decode(&mut rest) {
+                    // The rest of a record with values of its own is in the next window.
+                    Err(_) if seq < end => {
+                        rest = before;
+                        break;
+                    }
+                    record => take(record?)?,
+                }
             }
             payload = rest.to_vec();
         }
@@ -184,18 +205,55 @@ impl<H: Host> Queue<H> {
 }
 
 impl Image {
+    /// The reach that a record says.
+    fn take_reach(&self, record: &Record<'_>) -> Result<()> {
+        if let Record::Reach(reach) = *record {
+            if reach > i64::MAX as u64 {
+                return fail(Kind::Corrupt, format!("journal record names reach {reach}"));
+            }
+            let mut meta = self.meta();
+            meta.reach = meta.reach.max(reach);
+        }
+        Ok(())
+    }
+
     /// Takes down what a record says.
     fn take_down(&self, record: Record<'_>, replayed: &mut Replayed) -> Result<()> {
-        let Record::Bits { region: RegionKind::Bitmap, value, first, count } = record else {
-            return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}"));
-        };
-        let bits = self.map.bits.get().ok_or_else(|| Error::new(Kind::Corrupt, "journal record names a bitmap that the image lacks"))?;
-        let end = check_range(first, u64::from(count), bits.len())?;
-        replayed.say(first, end, value);
+        let lacks = |what: &str| Error::new(Kind::Corrupt, format!("journal record names a {what} that the image lacks"));
+        match record {
+            Record::Bits { region: RegionKind::Bitmap, value, first, count } => {
+                let bits = self.map.bits.get().ok_or_else(|| lacks("bitmap"))?;
+                let end = check_range(first, u64::from(count), bits.len())?;
+                replayed.bits.say(first, end, value);
+            }
+            Record::EntryRun { region: RegionKind::Table, first, count, value, step } => {
+                self.map.table.get().ok_or_else(|| lacks("lookup table"))?;
+                let end = check_range(first, u64::from(count), self.header().chunks())?;
+                self.check_run(value, u64::from(step) * u64::from(count - 1))?;
+                replayed.entries.say(first, end, value, step);
+            }
+            Record::Entries { region: RegionKind::Table, first, values } => {
+                self.map.table.get().ok_or_else(|| lacks("lookup table"))?;
+                check_range(first, values.len() as u64 / 4, self.header().chunks())?;
+                for (entry, value) in (first..).zip(values.chunks_exact(4)) {
+                    let value = u32::from_le_bytes(value.try_into().expect("four bytes"));
+                    self.check_run(value, 0)?;
+                    replayed.entries.say(entry, entry + 1, value, 0);
+                }
+            }
+            Record::Reach(_) if self.map.table.get().is_some() => {}
+            record => return fail(Kind::Corrupt, format!("journal record of a kind this image cannot have: {record:?}")),
+        }
         let memory = self.config.metadata_memory;
-        if replayed.pages() > memory / PAGE_SIZE as u64 {
+        if replayed.pages() > memory / PAGE_SIZE as u64 || replayed.entries.memory() > memory {
             return fail(Kind::NoMemory, format!("the journal changes metadata of more than {memory} bytes (metadata-memory)"));
         }
         Ok(())
+    }
+
+    /// Whether entries `value…value + more` may name storage.
+    fn check_run(&self, value: u32, more: u64) -> Result<()> {
+        let (below_reach, own) = self.storage_of_chunks();
+        check_entries(u64::from(value), u64::from(value) + more, below_reach, &own)
     }
 }

@@ -7,14 +7,16 @@
 //! regions untouched; the space of either side is free once both header copies agree.
 
 use crate::bits::{Bits, SEGMENT_BITS, SEGMENT_MEMORY, SEGMENT_PAGES, Segment, set_words};
+use crate::changes::{Runs, add_run};
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, OpKind, OwnBuf};
 use crate::image::{Image, faulty};
 use crate::io::{BOUNCE_MAX, bare, ceil};
-use crate::layout::{FreeSpace, fit_places};
+use crate::layout::{FreeSpace, REGION_ALIGNMENT, default_block_size_of, fit_places, regions_anew};
+use crate::space::chunks_of_regions;
+use crate::table::{ENTRY_BITS, EntryRun};
 use crate::write::Payload;
-use fvd_format::bitmap;
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
 use fvd_format::limits::*;
 use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_WORDS, PageHeader};
@@ -22,12 +24,15 @@ use fvd_format::{Header, Region, RegionKind};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-/// What the bits of a rebuilt bitmap say.
+/// The regions that the page map covers.
+const MAPPED: [RegionKind; 2] = [RegionKind::Bitmap, RegionKind::Table];
+
+/// What the bits of a rebuilt bitmap say, and the entries of a rebuilt table.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Fill {
-    /// Bits stay as they are; blocks that had no bit are in this image.
+pub(crate) enum Fill {
+    /// Bits and entries stay as they are; blocks that had no bit are in this image.
     Keep,
-    /// Every block is in the base.
+    /// Every block is in the base, and no chunk has storage.
     Base,
 }
 
@@ -78,7 +83,8 @@ impl<H: Host> Queue<H> {
         }
         self.rebuild(Fill::Keep, 0, |header| {
             if header.block_size == 0 {
-                header.block_size = default_block_size(counted);
+                let block = default_block_size(counted);
+                header.block_size = if header.is_compact() { block.min(header.chunk_size) } else { block };
             }
             header.covered = ceil(counted, u64::from(header.block_size)).min(header.virtual_size);
             header.base_length = base_length;
@@ -115,9 +121,9 @@ impl<H: Host> Queue<H> {
     }
 
     /// Builds the regions of `change`d header anew and makes them the ones that count.
-    async fn rebuild(self: &Rc<Self>, fill: Fill, data_end: u64, change: impl Fn(&mut Header)) -> Result<()> {
+    pub(crate) async fn rebuild(self: &Rc<Self>, fill: Fill, data_end: u64, change: impl Fn(&mut Header)) -> Result<()> {
         let image = self.image().clone();
-        // Nobody changes a bit meanwhile; writes that need no bit go on.
+        // Nobody changes a bit or an entry meanwhile; writes that need none go on.
         let _all = image.ranges.lock(0, u64::MAX).await;
         let changed = |mut header| {
             change(&mut header);
@@ -128,18 +134,43 @@ impl<H: Host> Queue<H> {
             Fill::Keep => self.load_for_rebuild(&wanted).await?,
             Fill::Base => image.check_capacity(&wanted)?,
         }
+        // Before commits are kept away: new storage needs one.
+        let chunks = self.chunks_for_regions(&changed(image.header())).await?;
+        let result = self.rebuild_held(fill, data_end, chunks, changed).await;
+        // What the regions did not take: everything, if it failed.
+        if let Some((start, end)) = chunks {
+            let taken = chunks_of_regions(&image.header());
+            for chunk in (start..end).filter(|chunk| !taken.iter().any(|(a, b)| (*a..*b).contains(chunk))) {
+                image.give_back_chunks(chunk, chunk + 1);
+            }
+        }
+        let (old, mapped) = result?;
+        if image.header().is_compact() {
+            // Nobody who began before reads what the table named.
+            if !faulty!(image, EmptyFreesAtOnce) {
+                image.narrow().await;
+            }
+            self.release_chunks(image.left_behind(&old, mapped));
+        }
+        Ok(())
+    }
+
+    /// The part of [`Queue::rebuild`] that keeps commits away. Returns the old header, and the storage
+    /// chunks that held data and do not any more.
+    async fn rebuild_held(self: &Rc<Self>, fill: Fill, data_end: u64, chunks: Option<(u64, u64)>, changed: impl Fn(Header) -> Header) -> Result<(Header, Runs)> {
+        let image = self.image().clone();
         let _hold = self.hold_metadata().await?;
         let _loads = image.load_lock.lock().await;
         // A write that found a block in the image must end before the block is not (R5).
         let _serial = if fill == Fill::Base && !faulty!(image, EmptyWithoutNarrowing) { Some(self.serialise_writes().await) } else { None };
         let old = image.header();
         let mut new = changed(old.clone());
-        let fresh = place_anew(&old, &mut new, data_end)?;
+        let fresh = place_anew(&old, &mut new, data_end, chunks)?;
         // Else the image could not be opened again as this one is.
         image.check_metadata_memory(&new)?;
         self.claim(&fresh).await?;
-        let blocks = new.blocks();
-        let map_words = self.write_new_regions(&mut new, |page| image.page_of_rebuilt(&old, fill, blocks, page)).await?;
+        let lengths = new.clone();
+        let map_words = self.write_new_regions(&mut new, |kind, page| image.page_of_rebuilt(&old, &lengths, fill, kind, page)).await?;
         if !faulty!(image, RegionsAfterHeader) {
             self.sync().await?;
         }
@@ -158,8 +189,28 @@ impl<H: Host> Queue<H> {
             }
         })
         .await?;
+        let mapped = if fill == Fill::Base { image.mapped_chunks() } else { Runs::new() };
         image.publish_rebuilt(&old, fill, map_words);
-        Ok(())
+        Ok((old, mapped))
+    }
+
+    /// Storage chunks for the regions of `new`, where there is no room in front of the data.
+    async fn chunks_for_regions(self: &Rc<Self>, new: &Header) -> Result<Option<(u64, u64)>> {
+        let old = self.image().header();
+        if !old.is_compact() {
+            return Ok(None);
+        }
+        let mut space = FreeSpace::of(&old, 0);
+        let regions = regions_anew(new);
+        if regions.iter().all(|(_, length, _)| space.take(*length) < old.data_offset) {
+            return Ok(None);
+        }
+        let bytes: u64 = regions.iter().map(|(_, length, _)| ceil(*length, REGION_ALIGNMENT)).sum();
+        // Chunks may be smaller than what regions are aligned to.
+        let slack = REGION_ALIGNMENT.saturating_sub(u64::from(old.chunk_size));
+        let count = (bytes + slack).div_ceil(u64::from(old.chunk_size));
+        let start = self.allocate_whole(count).await?;
+        Ok(Some((start, start + count)))
     }
 
     /// Loads what is to be kept, and makes the block whole in which the base ended so far: what lies
@@ -167,9 +218,13 @@ impl<H: Host> Queue<H> {
     async fn load_for_rebuild(self: &Rc<Self>, new: &Header) -> Result<()> {
         let image = self.image().clone();
         let old = image.header();
-        let segments = bitmap::pages(new.blocks()).div_ceil(SEGMENT_PAGES);
+        let pages: u64 = regions_anew(new).iter().map(|(_, length, _)| length / PAGE_SIZE as u64).sum();
+        let segments = pages.div_ceil(SEGMENT_PAGES);
         if segments.saturating_mul(SEGMENT_MEMORY) > image.config.metadata_memory {
             return fail(Kind::NoMemory, format!("a bitmap of {} blocks needs more than {} bytes of memory (metadata-memory)", new.blocks(), image.config.metadata_memory));
+        }
+        if old.is_compact() {
+            self.load_entries(0, old.chunks()).await?;
         }
         if old.covered == 0 {
             return Ok(());
@@ -181,9 +236,11 @@ impl<H: Host> Queue<H> {
         let (last, start) = (edge / block, edge / block * block);
         if start < edge && !self.run_of(last, last + 1).await?.0 && !faulty!(image, LastBlockLeftHalf) {
             let end = (start + block).min(old.covered);
-            let head = self.read_base_own(start, end - start).await?;
-            self.write_hull(end, head, Payload::Zero(0), Vec::new()).await?;
-            self.set_bits(last, last + 1);
+            let bytes = self.read_base_own(start, end - start).await?;
+            self.write_locked(start, {
+                let len = bytes.len();
+                Payload::Own(Rc::new(bytes), 0, len)
+            }).await?;
         }
         Ok(())
     }
@@ -221,23 +278,23 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Writes regions that nothing names yet: the whole page map, and the bitmap pages that `words`
-    /// says are not initial. Returns the words of the page map.
-    pub(crate) async fn write_new_regions(self: &Rc<Self>, header: &mut Header, words: impl Fn(u64) -> Option<Vec<u64>>) -> Result<Vec<u64>> {
-        let (Some(map), Some(bits)) = (header.region(RegionKind::PageMap).copied(), header.region(RegionKind::Bitmap).copied()) else {
-            return Ok(Vec::new());
-        };
+    /// Writes regions that nothing names yet: the whole page map, and of the regions that it covers
+    /// the pages that `words` says are not initial. Returns the words of the page map.
+    pub(crate) async fn write_new_regions(self: &Rc<Self>, header: &mut Header, words: impl Fn(RegionKind, u64) -> Option<Vec<u64>>) -> Result<Vec<u64>> {
+        let Some(map) = header.region(RegionKind::PageMap).copied() else { return Ok(Vec::new()) };
         let mut map_words = vec![0u64; map.pages() as usize * PAYLOAD_WORDS];
-        let stored = self
-            .write_new_pages(header, RegionKind::Bitmap, |index| {
-                let words = words(index)?;
-                let bit = (bits.map_first + index) as usize;
+        for kind in MAPPED {
+            let Some(region) = header.region(kind).copied() else { continue };
+            let page_words = |index| {
+                let words = words(kind, index)?;
+                let bit = (region.map_first + index) as usize;
                 map_words[bit / 64] |= 1 << (bit % 64);
                 Some(words)
-            })
-            .await?;
+            };
+            let stored = self.write_new_pages(header, kind, page_words).await?;
+            header.region_mut(kind).as_mut().expect("has one").count_sum = stored;
+        }
         let all = self.write_new_pages(header, RegionKind::PageMap, |index| Some(map_words[index as usize * PAYLOAD_WORDS..][..PAYLOAD_WORDS].to_vec())).await?;
-        header.region_mut(RegionKind::Bitmap).as_mut().expect("has one").count_sum = stored;
         header.region_mut(RegionKind::PageMap).as_mut().expect("has one").count_sum = all;
         Ok(map_words)
     }
@@ -270,23 +327,26 @@ fn cover_disk(header: &mut Header) {
     header.pristine = false;
     header.base_length = BASE_LENGTH_UNKNOWN;
     if header.block_size == 0 {
-        header.block_size = default_block_size(header.virtual_size);
+        header.block_size = default_block_size_of(header);
     }
     header.covered = header.virtual_size;
 }
 
-/// Gives the regions that `new` needs a place which `old` does not name; returns those that are
-/// new. Bitmap and page map always are; double-write area and journal if they have none or lie
-/// before `data_end`, which the disk will reach.
-fn place_anew(old: &Header, new: &mut Header, data_end: u64) -> Result<Vec<Region>> {
+/// Gives the regions that `new` needs a place which `old` does not name, in `chunks` if there are
+/// some; returns those that are new. Page map and what it covers always are; double-write area and
+/// journal if they have none or lie before `data_end`, which the disk will reach.
+fn place_anew(old: &Header, new: &mut Header, data_end: u64, chunks: Option<(u64, u64)>) -> Result<Vec<Region>> {
     // An image that had none of them left room in front of its data.
     let fits = old.region(RegionKind::Journal).is_none() && fit_places(new);
     if !fits {
         let mut space = FreeSpace::of(old, data_end);
-        let pages = bitmap::pages(new.blocks());
-        let page = PAGE_SIZE as u64;
-        for (kind, length) in [(RegionKind::PageMap, pages.div_ceil(PAYLOAD_BITS) * page), (RegionKind::Bitmap, pages * page)] {
-            *new.region_mut(kind) = Some(successor(old, kind, space.take(length), length)?);
+        let mut in_chunks = chunks.map(|(start, _)| ceil(old.chunk_offset(start), REGION_ALIGNMENT));
+        for (kind, length, map_first) in regions_anew(new) {
+            let offset = match &mut in_chunks {
+                Some(at) => std::mem::replace(at, ceil(*at + length, REGION_ALIGNMENT)),
+                None => space.take(length),
+            };
+            *new.region_mut(kind) = Some(Region { map_first, ..successor(old, kind, offset, length)? });
         }
         for (kind, length) in [(RegionKind::DoubleWrite, DOUBLE_WRITE_SIZE), (RegionKind::Journal, JOURNAL_SIZE_DEFAULT)] {
             match old.region(kind) {
@@ -323,16 +383,18 @@ impl Image {
         }
     }
 
-    /// Words of page `index` of the bitmap of `blocks` blocks that replaces `old`'s; `None`: all 0.
-    fn page_of_rebuilt(&self, old: &Header, fill: Fill, blocks: u64, index: u64) -> Option<Vec<u64>> {
+    /// Words of page `index` of the region of `new` that replaces `old`'s; `None`: all 0.
+    fn page_of_rebuilt(&self, old: &Header, new: &Header, fill: Fill, kind: RegionKind, index: u64) -> Option<Vec<u64>> {
         if fill == Fill::Base {
             return None;
         }
         let from = index * PAYLOAD_BITS;
-        let mut words = if from < old.blocks() { self.bits().page_words(index).into_vec() } else { vec![0; PAYLOAD_WORDS] };
-        let (first, end) = (old.blocks().max(from), blocks.min(from + PAYLOAD_BITS));
-        if first < end {
-            set_words(&mut words, first - from, end - from, true);
+        let mut words = if from < bits_of(old, kind) { self.region(kind).page_words(index).into_vec() } else { vec![0; PAYLOAD_WORDS] };
+        if kind == RegionKind::Bitmap {
+            let (first, end) = (old.blocks().max(from), new.blocks().min(from + PAYLOAD_BITS));
+            if first < end {
+                set_words(&mut words, first - from, end - from, true);
+            }
         }
         words.iter().any(|&w| w != 0).then_some(words)
     }
@@ -342,27 +404,33 @@ impl Image {
     fn publish_rebuilt(&self, old: &Header, fill: Fill, map_words: Vec<u64>) {
         let header = self.header();
         let map = &self.map;
-        map.block_shift.store(header.block_size.trailing_zeros(), Ordering::Release);
-        let bits = map.bits.get_or_init(|| Bits::new(header.blocks()));
-        bits.grow(header.blocks());
+        map.block_shift.store(if header.block_size == 0 { 0 } else { header.block_size.trailing_zeros() }, Ordering::Release);
         let mut added = 0;
-        match fill {
-            Fill::Base => bits.clear(),
-            Fill::Keep => {
-                for segment in 0..header.blocks().div_ceil(SEGMENT_BITS) {
-                    added += u64::from(bits.segment(segment).is_none());
-                    bits.insert(segment, Segment::initial());
-                }
-                bits.write(old.blocks(), header.blocks(), true);
-                for page in 0..bitmap::pages(header.blocks()) {
-                    bits.set_count(page, u32::from(map_words[(page / 64) as usize] >> (page % 64) & 1 == 1));
-                }
+        for kind in MAPPED {
+            let Some(region) = header.region(kind) else { continue };
+            let (count, cell) = (bits_of(&header, kind), if kind == RegionKind::Table { &map.table } else { &map.bits });
+            let bits = cell.get_or_init(|| Bits::new(count));
+            bits.grow(count);
+            if fill == Fill::Base {
+                bits.clear();
+                continue;
+            }
+            for segment in 0..count.div_ceil(SEGMENT_BITS) {
+                added += u64::from(bits.segment(segment).is_none());
+                bits.insert(segment, Segment::initial());
+            }
+            if kind == RegionKind::Bitmap {
+                bits.write(old.blocks(), count, true);
+            }
+            for page in 0..region.pages().min(count.div_ceil(PAYLOAD_BITS)) {
+                let bit = region.map_first + page;
+                bits.set_count(page, u32::from(map_words[(bit / 64) as usize] >> (bit % 64) & 1 == 1));
             }
         }
         {
             let mut meta = self.meta();
             assert!(meta.pending.is_empty() && meta.frozen.is_empty() && meta.stable.is_empty(), "everything was committed");
-            for kind in [RegionKind::PageMap, RegionKind::Bitmap] {
+            for kind in MAPPED.into_iter().chain([RegionKind::PageMap]) {
                 meta.count_sums.insert(kind, header.region(kind).map_or(0, |r| r.count_sum));
             }
             meta.page_map_counts = vec![1; map_words.len() / PAYLOAD_WORDS];
@@ -374,6 +442,46 @@ impl Image {
         }
         // After the bitmap, so that who sees the length finds the bits.
         map.covered.store(header.covered, Ordering::Release);
+        map.virtual_size.store(header.virtual_size, Ordering::Release);
         map.pristine.store(header.pristine, Ordering::Release);
     }
+
+    /// Storage chunks that the table names. Who holds no lock sees some of the changes under way.
+    fn mapped_chunks(&self) -> Runs {
+        let (mut runs, chunks) = (Runs::new(), self.header().chunks());
+        let Some(table) = self.map.table.get() else { return runs };
+        let mut at = 0;
+        while at < chunks {
+            at += match table.entry_run(at, chunks) {
+                EntryRun::Chunks { id, count } => {
+                    add_run(&mut runs, id, id + count);
+                    count
+                }
+                EntryRun::Free { count } => count,
+                // Whoever looks for free chunks later finds these.
+                EntryRun::Missing(_) | EntryRun::Bad => 1,
+            };
+        }
+        runs
+    }
+
+    /// Storage chunks that only `old` needed: where its regions lay, and `mapped` ones.
+    fn left_behind(&self, old: &Header, mut mapped: Runs) -> Runs {
+        if self.meta().space.is_none() {
+            return Runs::new();
+        }
+        let mut kept = chunks_of_regions(&self.header());
+        kept.sort_unstable();
+        for (start, end) in chunks_of_regions(old) {
+            for chunk in (start..end).filter(|chunk| !kept.iter().any(|(a, b)| (*a..*b).contains(chunk))) {
+                add_run(&mut mapped, chunk, chunk + 1);
+            }
+        }
+        mapped
+    }
+}
+
+/// Length of a region's content in bits.
+fn bits_of(header: &Header, kind: RegionKind) -> u64 {
+    if kind == RegionKind::Table { header.chunks() * ENTRY_BITS } else { header.blocks() }
 }

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a journal says of the bitmap, kept by page until the page is at hand (FMT-136).
+//! What a journal says of pages, kept until the page is at hand (FMT-136).
 //!
 //! A record of 16 bytes may name 2³² blocks. Pages of which every bit is said cost nothing each, only
 //! their runs do; the others cost four bytes a record at first and two pages at most. So what a
 //! journal says never needs much more memory than the journal itself, and as much time.
 
-use fvd_format::page::{PAYLOAD_BITS, PAYLOAD_WORDS};
+use crate::image::PageId;
+use fvd_format::RegionKind;
+use fvd_format::page::{PAYLOAD_BITS, PAYLOAD_ENTRIES, PAYLOAD_WORDS};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Runs of one page that are kept as runs: as many as fit in what [`Said::Each`] costs.
@@ -22,9 +24,139 @@ enum Said {
     Each(Box<[[u64; PAYLOAD_WORDS]; 2]>),
 }
 
-/// The last word of a journal on each bit that it names.
+/// What a journal says of the regions that its records change.
 #[derive(Default)]
 pub(crate) struct Replayed {
+    /// Of the bitmap.
+    pub(crate) bits: SaidBits,
+    /// Of the lookup table.
+    pub(crate) entries: SaidEntries,
+}
+
+impl Replayed {
+    /// Whether nothing is said.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bits.is_empty() && self.entries.is_empty()
+    }
+
+    /// Number of pages of which anything is said, at most.
+    pub(crate) fn pages(&self) -> u64 {
+        self.bits.pages() + self.entries.pages
+    }
+
+    /// The pages of which anything is said.
+    pub(crate) fn indices(&self) -> BTreeSet<PageId> {
+        let bits = self.bits.indices().into_iter().map(|page| (RegionKind::Bitmap, page));
+        bits.chain(self.entries.indices().into_iter().map(|page| (RegionKind::Table, page))).collect()
+    }
+
+    /// Changes the words of a page to what is said of it; whether anything is.
+    pub(crate) fn apply(&self, (kind, page): PageId, words: &mut [u64]) -> bool {
+        match kind {
+            RegionKind::Table => self.entries.apply(page, words),
+            _ => {
+                let mut any = false;
+                self.bits.tell(page, |first, end, value| {
+                    any = true;
+                    crate::bits::set_words(words, first, end, value);
+                });
+                any
+            }
+        }
+    }
+}
+
+/// Entries that follow each other: the first, one past the last, the first value, and by how much each
+/// is more than the one before.
+struct EntriesSaid {
+    first: u64,
+    end: u64,
+    value: u32,
+    step: u32,
+}
+
+/// Pages over which a run of entries is named page by page.
+const SHORT_RUN: u64 = 4;
+
+/// The last word of a journal on each table entry that it names.
+#[derive(Default)]
+pub(crate) struct SaidEntries {
+    /// In the order in which they count.
+    said: Vec<EntriesSaid>,
+    /// Those that concern a page.
+    by_page: BTreeMap<u64, Vec<u32>>,
+    /// Those that concern many pages.
+    long: Vec<u32>,
+    /// Pages named, those named twice counted twice.
+    pages: u64,
+}
+
+impl SaidEntries {
+    fn is_empty(&self) -> bool {
+        self.said.is_empty()
+    }
+
+    /// Bytes of memory, at most.
+    pub(crate) fn memory(&self) -> u64 {
+        (self.said.len() * (size_of::<EntriesSaid>() + 8) + self.by_page.len() * 64) as u64
+    }
+
+    /// Entries `first..end` are `value`, `value + step`, …, whatever was said of them before.
+    pub(crate) fn say(&mut self, first: u64, end: u64, value: u32, step: u32) {
+        if let Some(last) = self.said.last_mut()
+            && last.end == first
+            && first % PAYLOAD_ENTRIES != 0
+            && end - first == 1
+        {
+            // Single values join what they continue.
+            let next = |step: u32| last.value.wrapping_add(step.wrapping_mul((first - last.first) as u32)) == value;
+            let single = last.end - last.first == 1;
+            let joins = [0, 1].into_iter().find(|step| (single || last.step == *step) && next(*step));
+            if let Some(step) = joins {
+                (last.end, last.step) = (end, step);
+                return;
+            }
+        }
+        let number = self.said.len() as u32;
+        let (from, to) = (first / PAYLOAD_ENTRIES, (end - 1) / PAYLOAD_ENTRIES);
+        self.said.push(EntriesSaid { first, end, value, step });
+        self.pages += to - from + 1;
+        if to - from >= SHORT_RUN {
+            self.long.push(number);
+        } else {
+            (from..=to).for_each(|page| self.by_page.entry(page).or_default().push(number));
+        }
+    }
+
+    fn indices(&self) -> BTreeSet<u64> {
+        let runs = self.long.iter().map(|number| &self.said[*number as usize]);
+        let long = runs.flat_map(|said| said.first / PAYLOAD_ENTRIES..=(said.end - 1) / PAYLOAD_ENTRIES);
+        long.chain(self.by_page.keys().copied()).collect()
+    }
+
+    /// Changes the words of a page to what is said of it; whether anything is.
+    fn apply(&self, page: u64, words: &mut [u64]) -> bool {
+        let (from, to) = (page * PAYLOAD_ENTRIES, (page + 1) * PAYLOAD_ENTRIES);
+        let overlaps = |number: &&u32| {
+            let said = &self.said[**number as usize];
+            said.first < to && from < said.end
+        };
+        let mut numbers: Vec<u32> = self.long.iter().filter(overlaps).chain(self.by_page.get(&page).into_iter().flatten()).copied().collect();
+        numbers.sort_unstable();
+        for said in numbers.iter().map(|number| &self.said[*number as usize]) {
+            for entry in said.first.max(from)..said.end.min(to) {
+                let value = said.value.wrapping_add(said.step.wrapping_mul((entry - said.first) as u32));
+                let (word, shift) = (((entry - from) / 2) as usize, (entry - from) % 2 * 32);
+                words[word] = words[word] & !(u64::from(u32::MAX) << shift) | u64::from(value) << shift;
+            }
+        }
+        !numbers.is_empty()
+    }
+}
+
+/// The last word of a journal on each bit that it names.
+#[derive(Default)]
+pub(crate) struct SaidBits {
     /// Pages of which every bit was said at once: first page → end and value.
     whole: BTreeMap<u64, (u64, bool)>,
     /// What was said later of some bits of a page, or of a page that is not among those.
@@ -33,7 +165,7 @@ pub(crate) struct Replayed {
     count: u64,
 }
 
-impl Replayed {
+impl SaidBits {
     /// Whether nothing is said.
     pub(crate) fn is_empty(&self) -> bool {
         self.count == 0
@@ -177,7 +309,7 @@ mod tests {
         /// Against a plain array.
         #[test]
         fn what_is_said_last_counts(ops in prop::collection::vec((0..PAGES * PAYLOAD_BITS, prop_oneof![1u64..200, 1..3 * PAYLOAD_BITS], any::<bool>(), any::<bool>()), 1..60)) {
-            let mut replayed = Replayed::default();
+            let mut replayed = SaidBits::default();
             let mut plain = vec![None; (PAGES * PAYLOAD_BITS) as usize];
             for (first, len, value, aligned) in ops {
                 let first = if aligned { first / PAYLOAD_BITS * PAYLOAD_BITS } else { first };
@@ -200,7 +332,7 @@ mod tests {
 
     #[test]
     fn a_page_of_many_runs_keeps_them() {
-        let mut replayed = Replayed::default();
+        let mut replayed = SaidBits::default();
         let mut plain = vec![None; PAYLOAD_BITS as usize];
         for i in 0..3 * RUNS_MAX as u64 {
             let (first, value) = (i * 7919 % (PAYLOAD_BITS - 3), i % 3 != 0);
@@ -211,5 +343,29 @@ mod tests {
         let mut found = vec![None; PAYLOAD_BITS as usize];
         replayed.tell(0, |first, end, value| found[first as usize..end as usize].fill(Some(value)));
         assert!(found == plain);
+    }
+
+    proptest! {
+        /// Entries, against a plain array.
+        #[test]
+        fn what_is_said_last_of_entries_counts(ops in prop::collection::vec((0..8000u64, prop_oneof![1u64..3, 1..2000u64, 5000..8000u64], any::<u16>(), 0u32..2), 1..60)) {
+            let mut said = SaidEntries::default();
+            let mut plain = vec![None; 8000];
+            for (first, len, value, step) in ops {
+                let end = (first + len).min(8000);
+                said.say(first, end, u32::from(value), step);
+                for entry in first..end {
+                    plain[entry as usize] = Some(u32::from(value) + step * (entry - first) as u32);
+                }
+            }
+            for (page, expect) in plain.chunks(PAYLOAD_ENTRIES as usize).enumerate() {
+                let mut words = vec![u64::MAX; PAYLOAD_WORDS];
+                let any = said.apply(page as u64, &mut words);
+                let found = words.iter().flat_map(|w| [*w as u32, (*w >> 32) as u32]);
+                prop_assert!(found.zip(expect).all(|(found, expect)| found == expect.unwrap_or(u32::MAX)));
+                prop_assert_eq!(any, expect.iter().any(Option::is_some));
+                prop_assert_eq!(said.indices().contains(&(page as u64)), any);
+            }
+        }
     }
 }

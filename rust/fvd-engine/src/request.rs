@@ -51,7 +51,7 @@ pub enum Preallocation {
     /// Nothing but its length.
     #[default]
     Off = 0,
-    /// As `Off`: a flat image has no data metadata to allocate.
+    /// Compact: every chunk has its place. As `Off` in a flat image, which has none to give.
     Metadata = 1,
     /// Allocated, without a data transfer where the host can.
     Falloc = 2,
@@ -77,6 +77,13 @@ pub struct CreateParams {
     pub detect_sparse_hole: u64,
     /// How much of the data area to allocate.
     pub preallocation: Preallocation,
+    /// Storage is allocated a chunk at a time, by a lookup table.
+    pub compact: bool,
+    /// Allocation unit in bytes of a compact image: a power of two, 64 KiB–64 MiB; 0: 1 MiB, or more
+    /// where the disk would have more than 2³¹ chunks.
+    pub chunk_size: u32,
+    /// Growth step in bytes of a compact image, a multiple of the chunk size; 0: 64 MiB.
+    pub storage_grow_unit: u64,
 }
 
 /// A request to the engine.
@@ -196,6 +203,12 @@ pub struct CheckReport {
     pub corruptions: u64,
     /// Bytes that nothing uses.
     pub leaked: u64,
+    /// Guest chunks of a compact image.
+    pub chunks_total: u64,
+    /// Of these, chunks with storage.
+    pub chunks_allocated: u64,
+    /// Of these, chunks whose storage does not follow that of the chunk before.
+    pub chunks_fragmented: u64,
     /// Blocks that the bitmap covers.
     pub blocks_total: u64,
     /// Of these, blocks whose state is in this image.
@@ -221,6 +234,9 @@ impl CheckReport {
 pub struct Info {
     /// The header as it counts now.
     pub header: Header,
+    /// Storage chunks below the reach that can be given to guest chunks, in a compact image that looked
+    /// for them: those that wait for a commit are not counted.
+    pub free_chunks: Option<u64>,
     /// Whether the header was marked clean when the image was opened.
     pub was_clean: bool,
     /// Commits replayed by recovery at open.

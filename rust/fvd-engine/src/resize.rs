@@ -7,8 +7,12 @@ use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::faulty;
 use crate::io::{ENOMEDIUM, bare, ceil, result_of};
 use crate::write::Payload;
+use crate::relayout::Fill;
+use crate::table::ENTRY_BITS;
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
-use fvd_format::limits::{FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, SECTOR, VIRTUAL_SIZE_MAX};
+use fvd_format::limits::{CHUNKS_MAX, FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, SECTOR, VIRTUAL_SIZE_MAX};
+use fvd_format::page::PAYLOAD_ENTRIES;
+use fvd_format::{Header, RegionKind};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
@@ -26,7 +30,7 @@ impl<H: Host> Queue<H> {
         }
         let _one_at_a_time = image.layout_lock.lock().await;
         let header = image.header();
-        if size > VIRTUAL_SIZE_MAX || header.data_offset + size > i64::MAX as u64 {
+        if size > VIRTUAL_SIZE_MAX || (!header.is_compact() && header.data_offset + size > i64::MAX as u64) {
             return fail(Kind::OutOfRange, format!("size {size} is above the format's {VIRTUAL_SIZE_MAX} bytes"));
         }
         if size == header.virtual_size {
@@ -34,6 +38,9 @@ impl<H: Host> Queue<H> {
         }
         if size < header.virtual_size {
             return fail(Kind::Unsupported, format!("the disk has {} bytes and cannot shrink to {size}", header.virtual_size));
+        }
+        if header.is_compact() {
+            return self.grow_compact(&header, size).await;
         }
         let new_end = ceil(header.data_offset + size, PAGE_SIZE as u64);
         let old_end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
@@ -56,7 +63,7 @@ impl<H: Host> Queue<H> {
             let within = (old_end - header.flat_data_end()).min(size - header.virtual_size);
             if within > 0 && !faulty!(image, GrowthKeepsRest) {
                 // The rest of the last page was never written.
-                self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new()).await?;
+                self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new(), header.data_offset).await?;
             }
             let end = length.min(new_end);
             if old_end < end && !faulty!(image, GrowthShowsOldBytes) {
@@ -67,6 +74,25 @@ impl<H: Host> Queue<H> {
             self.sync().await?;
         }
         self.update_header(|header| header.virtual_size = size).await?;
+        image.map.virtual_size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    /// Grows a compact disk: the table gets more entries, which have no storage. The rest of a last
+    /// chunk reads as zero already.
+    async fn grow_compact(self: &Rc<Self>, header: &Header, size: u64) -> Result<()> {
+        let image = self.image().clone();
+        let chunks = size.div_ceil(u64::from(header.chunk_size));
+        if chunks > CHUNKS_MAX {
+            return fail(Kind::OutOfRange, format!("size {size} needs {chunks} chunks of {} bytes, at most {CHUNKS_MAX} fit", header.chunk_size));
+        }
+        let table = header.region(RegionKind::Table).expect("compact image");
+        if chunks > table.pages() * PAYLOAD_ENTRIES {
+            return self.rebuild(Fill::Keep, 0, |header| header.virtual_size = size).await;
+        }
+        self.update_header(|header| header.virtual_size = size).await?;
+        // The entries before the size that leads to them.
+        image.region(RegionKind::Table).grow(chunks * ENTRY_BITS);
         image.map.virtual_size.store(size, Ordering::Release);
         Ok(())
     }

@@ -3,10 +3,9 @@
 
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
-use crate::host::{FileId, Host};
+use crate::host::Host;
 use crate::request::{BlockStatus, Place};
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 
 impl<H: Host> Queue<H> {
     /// Where guest bytes are, for as many of `len` as are alike.
@@ -15,24 +14,24 @@ impl<H: Host> Queue<H> {
             return fail(Kind::Invalid, "the length is 0");
         }
         self.check_bounds(offset, len)?;
-        // A bounded walk: neighbours of one state in different segments are joined.
-        let mut run = 0;
-        let mut first = None;
+        // A bounded walk: neighbours of one state are joined, across segments and chunks.
+        let (place, mut run) = self.place_of(offset, len).await?;
         while run < len {
-            let (present, n) = self.state_of(offset + run, len - run).await?;
-            if *first.get_or_insert(present) != present {
+            let (next, n) = self.place_of(offset + run, len - run).await?;
+            let follows = match (place, next) {
+                (Place::Data { file, offset }, Place::Data { file: next_file, offset: next }) => file == next_file && offset + run == next,
+                _ => place == next,
+            };
+            if !follows {
                 break;
             }
             run += n;
         }
         let base_length = self.base_length();
-        if first == Some(true) {
-            let at = self.image().map.data_offset.load(Ordering::Relaxed) + offset;
-            return Ok(BlockStatus { place: Place::Data { file: FileId::Image, offset: at }, len: run });
+        match place {
+            Place::Base if offset >= base_length => Ok(BlockStatus { place: Place::Zero, len: run }),
+            Place::Base => Ok(BlockStatus { place, len: run.min(base_length - offset) }),
+            _ => Ok(BlockStatus { place, len: run }),
         }
-        if offset >= base_length {
-            return Ok(BlockStatus { place: Place::Zero, len: run });
-        }
-        Ok(BlockStatus { place: Place::Base, len: run.min(base_length - offset) })
     }
 }

@@ -4,15 +4,23 @@
 //! Order (CC-10…): lock the range → read what copy-on-write needs from the base → write data →
 //! set the bits in memory. A flush later freezes the bits, syncs, journals.
 
+use crate::bits::Run;
+use crate::changes::{Runs, add_run};
 use crate::error::{Kind, Result};
 use crate::executor::{Job, Queue, fail};
 use crate::host::{FileId, GuestBuf, Host, HostOp, OpKind, OwnBuf, Segment};
-use crate::image::{add_run, faulty};
-use crate::io::{BOUNCE_MAX, ceil, floor};
+use crate::image::{Image, Meta, faulty};
+use crate::io::{BOUNCE_MAX, bare, ceil, floor};
+use crate::space::Taken;
+use crate::sync::RangeGuard;
+use crate::table::{EntryRun, page_of_entry};
+use fvd_format::RegionKind;
+use fvd_format::page::PAYLOAD_BITS;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 /// What is written.
+#[derive(Clone)]
 pub(crate) enum Payload<B> {
     /// Part of the guest's memory.
     Guest {
@@ -20,14 +28,25 @@ pub(crate) enum Payload<B> {
         at: usize,
         len: usize,
     },
+    /// The engine's own bytes.
+    Own(Rc<Vec<u8>>, usize, usize),
     /// Zeroes.
     Zero(usize),
 }
 
-impl<B> Payload<B> {
+impl<B: Clone> Payload<B> {
     fn len(&self) -> usize {
         match self {
-            Self::Guest { len, .. } | Self::Zero(len) => *len,
+            Self::Guest { len, .. } | Self::Own(_, _, len) | Self::Zero(len) => *len,
+        }
+    }
+
+    /// `len` bytes of it from byte `from` on.
+    fn part(&self, from: usize, len: usize) -> Self {
+        match self {
+            Self::Guest { buf, at, .. } => Self::Guest { buf: buf.clone(), at: at + from, len },
+            Self::Own(bytes, at, _) => Self::Own(bytes.clone(), at + from, len),
+            Self::Zero(_) => Self::Zero(len),
         }
     }
 }
@@ -40,9 +59,8 @@ impl<H: Host> Queue<H> {
         self.check_bounds(offset, len as u64)?;
         if len > 0 {
             self.leave_pristine().await?;
-            let (start, end) = self.lock_range(offset, len as u64);
             let image = self.image().clone();
-            let _range = if faulty!(image, NoRangeLock) { None } else { Some(image.ranges.lock(start, end).await) };
+            let _range = if faulty!(image, NoRangeLock) { None } else { Some(self.lock_for_write(offset, len as u64).await?) };
             self.wait_for_dirty_room().await?;
             let _range = _range.filter(|_| !faulty!(image, LockReleasedEarly));
             self.write_locked(offset, Payload::Guest { buf, at: 0, len }).await?;
@@ -57,9 +75,81 @@ impl<H: Host> Queue<H> {
         (floor(offset, unit), ceil(offset + len, unit))
     }
 
-    /// Writes `payload` at `offset`, filling partly covered blocks from the base, and sets the
-    /// bits. The caller holds the range's lock.
+    /// The range whose lock a change of table entries of `len` bytes at `offset` needs.
+    pub(crate) fn chunk_range(&self, offset: u64, len: u64) -> (u64, u64) {
+        let (start, end) = self.lock_range(offset, len);
+        let chunk = 1u64 << self.image().map.chunk_shift.load(Ordering::Relaxed);
+        (floor(start, chunk), ceil(end, chunk))
+    }
+
+    /// Locks what a write changes: its blocks, or whole chunks where one has no storage yet, so that
+    /// one request gives it some.
+    async fn lock_for_write(self: &Rc<Self>, offset: u64, len: u64) -> Result<RangeGuard<'_>> {
+        loop {
+            let wide = self.lacks_storage(offset, len).await?;
+            let (start, end) = if wide { self.chunk_range(offset, len) } else { self.lock_range(offset, len) };
+            let guard = self.image().ranges.lock(start, end).await;
+            // A discard may have been faster.
+            if wide || faulty!(self.image(), NoSecondLook) || !self.lacks_storage(offset, len).await? {
+                return Ok(guard);
+            }
+        }
+    }
+
+    /// Whether a chunk of the range has no storage.
+    async fn lacks_storage(self: &Rc<Self>, offset: u64, len: u64) -> Result<bool> {
+        let shift = self.image().map.chunk_shift.load(Ordering::Relaxed);
+        if shift == 0 {
+            return Ok(false);
+        }
+        let (mut first, end) = (offset >> shift, ((offset + len - 1) >> shift) + 1);
+        while first < end {
+            match self.entries_of(first, end).await? {
+                EntryRun::Chunks { count, .. } => first += count,
+                _ => return Ok(true),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Writes `payload` at `offset`, filling partly covered blocks from the base, giving chunks
+    /// storage, and sets bits and entries. The caller holds the range's lock.
     pub(crate) async fn write_locked(self: &Rc<Self>, offset: u64, payload: Payload<H::Buf>) -> Result<()> {
+        let image = self.image().clone();
+        let shift = image.map.chunk_shift.load(Ordering::Relaxed);
+        let data = image.map.data_offset.load(Ordering::Relaxed);
+        if shift == 0 {
+            return self.write_piece(offset, payload, data, None).await;
+        }
+        let end = offset + payload.len() as u64;
+        let mut at = offset;
+        while at < end {
+            // Neighbours that lie one behind the other are written in one go.
+            let (first, last) = (at >> shift, (end - 1) >> shift);
+            let (id, count, new) = match self.entries_of(first, last + 1).await? {
+                EntryRun::Chunks { id, count } => (id, count, None),
+                EntryRun::Free { count } => {
+                    let taken = self.allocate(count).await?;
+                    (taken.id, taken.count, Some(NewChunks { first, taken }))
+                }
+                other => unreachable!("loaded: {other:?}"),
+            };
+            let stop = ((first + count) << shift).min(end);
+            let base = (data + (id << shift)).wrapping_sub(first << shift);
+            let part = payload.part((at - offset) as usize, (stop - at) as usize);
+            if let Err(error) = self.write_piece(at, part, base, new).await {
+                if let Some(new) = new {
+                    image.give_back_chunks(new.taken.id, new.taken.id + new.taken.count);
+                }
+                return Err(error);
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Writes a piece that lies in one place of the file: guest byte *g* at `base` + *g*, modulo 2⁶⁴.
+    async fn write_piece(self: &Rc<Self>, offset: u64, payload: Payload<H::Buf>, base: u64, new: Option<NewChunks>) -> Result<()> {
         let image = self.image().clone();
         let end = offset + payload.len() as u64;
         let covered = image.map.covered.load(Ordering::Acquire);
@@ -83,19 +173,42 @@ impl<H: Host> Queue<H> {
                 tail = self.read_base_own(end, tail_end - end).await?;
             }
         }
-        if let (Some((first, last)), true) = (bits, faulty!(image, BitBeforeData)) {
-            self.set_bits(first, last);
+        if let Some(new) = new {
+            self.zero_new_chunks(offset, end, base, new).await?;
         }
-        self.write_hull(offset, head, payload, tail).await?;
+        let entries = new.map(|new| (new.first, new.taken));
+        if (bits.is_some() || new.is_some()) && faulty!(image, BitBeforeData) {
+            self.expose(entries, bits);
+        }
+        self.write_hull(offset, head, payload, tail, base).await?;
         assert!(!faulty!(image, PanicInWrite), "planted panic");
-        if let Some((first, last)) = bits {
-            self.set_bits(first, last);
+        self.expose(entries, bits);
+        Ok(())
+    }
+
+    /// Zeroes what `offset..end` leaves of chunks that were just handed out, unless they read as zero.
+    async fn zero_new_chunks(self: &Rc<Self>, offset: u64, end: u64, base: u64, new: NewChunks) -> Result<()> {
+        let image = self.image().clone();
+        if new.taken.fresh || faulty!(image, ReuseNotZeroed) {
+            return Ok(());
+        }
+        let shift = image.map.chunk_shift.load(Ordering::Relaxed);
+        // Chunks that the write covers whole need nothing.
+        let mut chunks = vec![(new.first, new.first + new.taken.count)];
+        let (whole_start, whole_end) = (ceil(offset, 1 << shift) >> shift, end >> shift);
+        if whole_start < whole_end {
+            chunks = vec![(new.first, whole_start), (whole_end, new.first + new.taken.count)];
+        }
+        for (first, stop) in chunks.into_iter().filter(|(first, stop)| first < stop) {
+            let op = bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, base.wrapping_add(first << shift), (stop - first) << shift);
+            self.op(op).await?;
         }
         Ok(())
     }
 
-    /// Writes `head`, `payload`, `tail`, contiguous, with `payload` at guest byte `offset`.
-    pub(crate) async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>) -> Result<()> {
+    /// Writes `head`, `payload`, `tail`, contiguous, with `payload` at guest byte `offset`, which is file
+    /// byte `base` + `offset`.
+    pub(crate) async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>, base: u64) -> Result<()> {
         let image = self.image().clone();
         let limits = *image.limits(FileId::Image);
         let align = u64::from(limits.request_alignment);
@@ -112,34 +225,33 @@ impl<H: Host> Queue<H> {
             // Read-modify-write of host sectors: no other write may touch them meanwhile.
             serial = Some(self.serialise_writes().await);
             let (wide_start, wide_end) = (floor(start, align), ceil(end, align));
-            let data = image.map.data_offset.load(Ordering::Relaxed);
             if wide_start < start {
-                let (buf, at) = self.read_own(FileId::Image, data + wide_start, align).await?;
+                let (buf, at) = self.read_own(FileId::Image, base.wrapping_add(wide_start), align).await?;
                 let mut wide = buf.to_vec(at, (start - wide_start) as usize);
                 wide.append(&mut head);
                 head = wide;
             }
             if wide_end > end {
-                let (buf, at) = self.read_own(FileId::Image, data + wide_end - align, align).await?;
+                let (buf, at) = self.read_own(FileId::Image, base.wrapping_add(wide_end - align), align).await?;
                 let skip = (end - (wide_end - align)) as usize;
                 tail.extend(buf.to_vec(at + skip, (wide_end - end) as usize));
             }
             (start, end) = (wide_start, wide_end);
         }
-        let result = self.write_parts(start, end, head, payload, tail).await;
+        let result = self.write_parts(base.wrapping_add(start), end - start, head, payload, tail).await;
         drop(serial);
         result
     }
 
     /// Issues the host writes for an aligned hull.
-    async fn write_parts(self: &Rc<Self>, start: u64, end: u64, head: Vec<u8>, payload: Payload<H::Buf>, tail: Vec<u8>) -> Result<()> {
+    async fn write_parts(self: &Rc<Self>, file_start: u64, total: u64, head: Vec<u8>, payload: Payload<H::Buf>, tail: Vec<u8>) -> Result<()> {
         let image = self.image().clone();
         let limits = *image.limits(FileId::Image);
-        let file_start = image.map.data_offset.load(Ordering::Relaxed) + start;
         let memory = limits.memory_alignment as usize;
-        let (buf, at, len) = match payload {
-            Payload::Guest { buf, at, len } => (Some(buf), at, len),
-            Payload::Zero(len) => (None, 0, len),
+        let (buf, own_bytes, at, len) = match payload {
+            Payload::Guest { buf, at, len } => (Some(buf), None, at, len),
+            Payload::Own(bytes, at, len) => (None, Some(bytes), at, len),
+            Payload::Zero(len) => (None, None, 0, len),
         };
         if let Some(buf) = buf.as_ref().filter(|b| head.len().is_multiple_of(memory) && b.is_aligned(at, len, memory)) {
             let mut segments = Vec::with_capacity(3);
@@ -150,11 +262,10 @@ impl<H: Host> Queue<H> {
             if !tail.is_empty() {
                 segments.push(Segment::Own { at: 0, len: tail.len(), buf: OwnBuf::from_slice(&tail) });
             }
-            let op = HostOp { kind: OpKind::Write { fua: false }, file: FileId::Image, offset: file_start, len: end - start, segments };
+            let op = HostOp { kind: OpKind::Write { fua: false }, file: FileId::Image, offset: file_start, len: total, segments };
             return self.op(op).await.map(|_| ());
         }
         // Bounced, a piece at a time.
-        let total = end - start;
         let mut done = 0;
         while done < total {
             let n = (total - done).min(BOUNCE_MAX);
@@ -169,6 +280,9 @@ impl<H: Host> Queue<H> {
             fill(0, head.len(), &mut |skip, to| to.copy_from_slice(&head[skip..skip + to.len()]));
             if let Some(buf) = &buf {
                 fill(head.len() as u64, len, &mut |skip, to| buf.read(at + skip, to));
+            }
+            if let Some(bytes) = &own_bytes {
+                fill(head.len() as u64, len, &mut |skip, to| to.copy_from_slice(&bytes[at + skip..at + skip + to.len()]));
             }
             fill((head.len() + len) as u64, tail.len(), &mut |skip, to| to.copy_from_slice(&tail[skip..skip + to.len()]));
             own.write(0, &piece);
@@ -192,29 +306,72 @@ impl<H: Host> Queue<H> {
     /// Sets the bits of blocks `first..end` in memory and notes those that change for the next
     /// commit. Their data is written; their segments are loaded.
     pub(crate) fn set_bits(self: &Rc<Self>, first: u64, end: u64) {
+        self.expose(None, Some((first, end)));
+    }
+
+    /// Makes written data visible: the entries of chunks that got storage, and the bits of blocks.
+    /// Both go into one commit.
+    fn expose(self: &Rc<Self>, chunks: Option<(u64, Taken)>, blocks: Option<(u64, u64)>) {
         let image = self.image();
-        let bits = image.bits();
+        {
+            let mut meta = image.meta();
+            if let Some((first, taken)) = chunks {
+                for k in 0..taken.count {
+                    // Sectors that read as zero before, in space that reads as zero: the record may be
+                    // stable before they are (R6).
+                    meta.pending.data_first |= !taken.fresh || meta.stable_entry(image, first + k) != 0;
+                    meta.set_entry(image, first + k, (taken.id + k + 1) as u32);
+                }
+            }
+            if let Some((first, end)) = blocks {
+                meta.pending.data_first |= meta.set_bits(image, first, end) && !faulty!(image, OneSyncOverBase);
+            }
+        }
+        self.after_change();
+    }
+
+    /// Takes the storage of chunks away, in memory, and says that `blocks` are in this image: they read
+    /// as zero from now on. Who began before may still use the storage; returns it for when they have
+    /// ended.
+    pub(crate) fn unmap(self: &Rc<Self>, first: u64, end: u64, blocks: Option<(u64, u64)>) -> Runs {
+        let image = self.image();
+        let mut freed = Runs::new();
+        {
+            let mut meta = image.meta();
+            for chunk in first..end {
+                let entry = u64::from(image.region(RegionKind::Table).entry(chunk));
+                if entry != 0 {
+                    add_run(&mut freed, entry - 1, entry);
+                    meta.set_entry(image, chunk, 0);
+                }
+            }
+            if let Some((first, end)) = blocks {
+                meta.set_bits(image, first, end);
+            }
+        }
+        self.after_change();
+        freed
+    }
+
+    /// Chunks that nobody uses any more: free once the commit after this is stable.
+    pub(crate) fn free(self: &Rc<Self>, freed: Runs) {
+        {
+            let mut meta = self.image().meta();
+            for (start, end) in freed {
+                add_run(&mut meta.pending.freed, start, end);
+            }
+        }
+        self.after_change();
+    }
+
+    /// What is pending is committed in time.
+    fn after_change(self: &Rc<Self>) {
+        let image = self.image();
         let mut arm = None;
         let mut commit = false;
         {
             let mut meta = image.meta();
-            let mut at = first;
-            while at < end {
-                let (value, len) = match bits.run(at, end) {
-                    crate::bits::Run::Bits { value, len } => (value, len),
-                    _ => unreachable!("loaded before the data was written"),
-                };
-                if !value {
-                    for page in at / fvd_format::page::PAYLOAD_BITS..=(at + len - 1) / fvd_format::page::PAYLOAD_BITS {
-                        // The page's stable image, from before the first change that is not stable.
-                        meta.stable.entry(page).or_insert_with(|| bits.page_words(page));
-                    }
-                    bits.write(at, at + len, true);
-                    add_run(&mut meta.pending, at, at + len);
-                }
-                at += len;
-            }
-            if !meta.pending.is_empty() {
+            if meta.pending.is_due() {
                 arm = meta.arm_timer(self.host().now_ns(), image.config.commit_interval_ns);
                 let half = meta.header.as_ref().expect("open").journal_units() / 2;
                 commit = meta.pending_units() > half / 4 && !meta.committing && !std::mem::replace(&mut meta.commit_queued, true);
@@ -253,5 +410,44 @@ pub(crate) struct SerialGuard<H: Host>(Rc<Queue<H>>);
 impl<H: Host> Drop for SerialGuard<H> {
     fn drop(&mut self) {
         self.0.image().map.no_direct_writes.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Guest chunks that get storage.
+#[derive(Clone, Copy)]
+struct NewChunks {
+    first: u64,
+    taken: Taken,
+}
+
+impl Meta {
+    /// Sets bits in memory; whether any changed. Their segments are loaded.
+    fn set_bits(&mut self, image: &Image, first: u64, end: u64) -> bool {
+        let bits = image.bits();
+        let mut any = false;
+        let mut at = first;
+        while at < end {
+            let (value, len) = match bits.run(at, end) {
+                Run::Bits { value, len } => (value, len),
+                _ => unreachable!("loaded before the data was written"),
+            };
+            if !value {
+                for page in at / PAYLOAD_BITS..=(at + len - 1) / PAYLOAD_BITS {
+                    self.keep_stable(image, (RegionKind::Bitmap, page));
+                }
+                bits.write(at, at + len, true);
+                add_run(&mut self.pending.bits, at, at + len);
+                any = true;
+            }
+            at += len;
+        }
+        any
+    }
+
+    /// Changes a table entry in memory.
+    fn set_entry(&mut self, image: &Image, chunk: u64, value: u32) {
+        self.keep_stable(image, (RegionKind::Table, page_of_entry(chunk)));
+        image.region(RegionKind::Table).set_entry(chunk, value);
+        self.pending.entries.insert(chunk, value);
     }
 }

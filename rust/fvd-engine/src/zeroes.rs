@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Write-zeroes and discard on flat images.
+//! Write-zeroes and discard.
 
 use crate::error::Result;
 use crate::executor::Queue;
 use crate::host::{FileId, Host, OpKind};
 use crate::image::faulty;
 use crate::io::{BOUNCE_MAX, bare, ceil, floor};
+use crate::request::Place;
+use crate::table::EntryRun;
 use crate::write::Payload;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
+
+/// Most chunks whose storage is taken away in one step.
+const FREE_AT_ONCE: u64 = 1 << 14;
 
 impl<H: Host> Queue<H> {
     /// Makes a range read as zero, now and after a crash that follows a flush.
@@ -18,7 +23,7 @@ impl<H: Host> Queue<H> {
         self.check_bounds(offset, len)?;
         if len > 0 {
             self.leave_pristine().await?;
-            let (start, end) = self.lock_range(offset, len);
+            let (start, end) = self.chunk_range(offset, len);
             let _range = image.ranges.lock(start, end).await;
             self.wait_for_dirty_room().await?;
             self.zero_locked(offset, offset + len, may_unmap).await?;
@@ -31,7 +36,6 @@ impl<H: Host> Queue<H> {
         let covered = image.map.covered.load(Ordering::Acquire);
         let shift = image.map.block_shift.load(Ordering::Relaxed);
         let block = 1u64 << shift;
-        let size = image.map.virtual_size.load(Ordering::Acquire);
         // Partly covered first and last blocks that are still in the base need copy-on-write.
         let mut from = offset;
         if from < covered && from % block != 0 && !faulty!(image, ZeroWithoutHull) && !self.state_of(from, 1).await?.0 {
@@ -55,8 +59,93 @@ impl<H: Host> Queue<H> {
         if from < covered && faulty!(image, BitBeforeZeroing) {
             self.set_bits(from >> shift, ((to.min(covered) - 1) >> shift) + 1);
         }
-        let align = u64::from(image.limits(FileId::Image).request_alignment);
+        let chunk_shift = image.map.chunk_shift.load(Ordering::Relaxed);
         let data = image.map.data_offset.load(Ordering::Relaxed);
+        if chunk_shift == 0 {
+            return self.zero_in_place(from, to, may_unmap, data).await;
+        }
+        let mut at = from;
+        while at < to {
+            let (first, whole) = self.whole_chunks(at, to);
+            if may_unmap && whole > 0 {
+                self.free_chunks(first, first + whole).await?;
+                at = ((first + whole) << chunk_shift).min(to);
+                self.wait_for_dirty_room().await?;
+                continue;
+            }
+            let first = at >> chunk_shift;
+            let end = if may_unmap { first + 1 } else { ((to - 1) >> chunk_shift) + 1 };
+            let stop = |count: u64| ((first + count) << chunk_shift).min(to);
+            match self.entries_of(first, end).await? {
+                EntryRun::Chunks { id, count } => {
+                    let base = (data + (id << chunk_shift)).wrapping_sub(first << chunk_shift);
+                    self.zero_in_place(at, stop(count), may_unmap, base).await?;
+                    at = stop(count);
+                }
+                EntryRun::Free { count } => {
+                    // Without storage a block reads as zero once it is in this image.
+                    if at < covered {
+                        self.set_bits(at >> shift, ((stop(count).min(covered) - 1) >> shift) + 1);
+                    }
+                    at = stop(count);
+                }
+                other => unreachable!("loaded: {other:?}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// The first chunk at or after `from`, if it starts there, and how many chunks are whole from there
+    /// to `to`. So many at a time that their records are a small commit.
+    fn whole_chunks(&self, from: u64, to: u64) -> (u64, u64) {
+        let map = &self.image().map;
+        let shift = map.chunk_shift.load(Ordering::Relaxed);
+        let size = map.virtual_size.load(Ordering::Acquire);
+        let first = from >> shift;
+        if shift == 0 || first << shift != from {
+            return (first, 0);
+        }
+        let end = if to == size { to.div_ceil(1 << shift) } else { to >> shift };
+        (first, (end - first).min(FREE_AT_ONCE))
+    }
+
+    /// Lets whole chunks read as zero by taking their storage away (R4, R5): out of the table first,
+    /// then everybody who began before ends, then the storage waits for the commit.
+    async fn free_chunks(self: &Rc<Self>, first: u64, end: u64) -> Result<()> {
+        let image = self.image().clone();
+        let chunk = 1u64 << image.map.chunk_shift.load(Ordering::Relaxed);
+        let covered = image.map.covered.load(Ordering::Acquire);
+        let block = 1u64 << image.map.block_shift.load(Ordering::Relaxed);
+        self.ensure_space().await?;
+        self.load_entries(first, end).await?;
+        let blocks = (first * chunk < covered).then(|| (first * chunk / block, (end * chunk).min(covered).div_ceil(block)));
+        if let Some((from, to)) = blocks {
+            self.load_blocks(from, to).await?;
+        }
+        let freed = self.unmap(first, end, blocks);
+        if freed.is_empty() {
+            return Ok(());
+        }
+        if !faulty!(image, FreeWithoutNarrowing) {
+            image.narrow().await;
+        }
+        if faulty!(image, FreedAtOnce) {
+            self.release_chunks(freed);
+        } else {
+            self.free(freed);
+        }
+        Ok(())
+    }
+
+    /// Zeroes a range that lies in one place of the file: guest byte *g* at `base` + *g*, modulo 2⁶⁴. Its
+    /// first and last blocks are in this image, or it covers them whole.
+    async fn zero_in_place(self: &Rc<Self>, from: u64, to: u64, may_unmap: bool, base: u64) -> Result<()> {
+        let image = self.image().clone();
+        let covered = image.map.covered.load(Ordering::Acquire);
+        let shift = image.map.block_shift.load(Ordering::Relaxed);
+        let block = 1u64 << shift;
+        let size = image.map.virtual_size.load(Ordering::Acquire);
+        let align = u64::from(image.limits(FileId::Image).request_alignment);
         let mut inner_end = if to == size { ceil(to, align) } else { floor(to, align) };
         if inner_end < to && inner_end < covered && !self.state_of(inner_end, 1).await?.0 {
             // The rest is written, and that would fill the front of its block from the base.
@@ -67,7 +156,8 @@ impl<H: Host> Queue<H> {
             if from < inner_start {
                 self.zero_by_writing(from, inner_start).await?;
             }
-            self.op(bare(OpKind::WriteZeroes { may_unmap }, FileId::Image, data + inner_start, inner_end - inner_start)).await?;
+            let op = bare(OpKind::WriteZeroes { may_unmap }, FileId::Image, base.wrapping_add(inner_start), inner_end - inner_start);
+            self.op(op).await?;
             if to > inner_end {
                 self.zero_by_writing(inner_end, to).await?;
             }
@@ -99,22 +189,38 @@ impl<H: Host> Queue<H> {
         if len == 0 {
             return Ok(());
         }
-        let (start, end) = self.lock_range(offset, len);
+        let (start, end) = self.chunk_range(offset, len);
         let _range = image.ranges.lock(start, end).await;
         let align = u64::from(image.limits(FileId::Image).request_alignment).max(512);
-        let data = image.map.data_offset.load(Ordering::Relaxed);
         let mut at = offset;
         while at < offset + len {
-            let (present, run) = self.state_of(at, offset + len - at).await?;
+            let (first, whole) = self.whole_chunks(at, offset + len);
+            if whole > 0 {
+                self.wait_for_dirty_room().await?;
+                self.free_chunks(first, first + whole).await?;
+                at = ((first + whole) << image.map.chunk_shift.load(Ordering::Relaxed)).min(offset + len);
+                continue;
+            }
+            let (place, run) = self.place_of(at, self.part_of_chunk(at, offset + len)).await?;
             let (mut from, mut to) = (ceil(at, align), floor(at + run, align));
             if faulty!(image, DiscardRoundsOut) {
                 (from, to) = (floor(at, align), ceil(at + run, align));
             }
-            if present && from < to {
-                self.op(bare(OpKind::Discard, FileId::Image, data + from, to - from)).await?;
+            if let Place::Data { file, offset } = place
+                && from < to
+            {
+                self.op(bare(OpKind::Discard, file, offset.wrapping_add(from).wrapping_sub(at), to - from)).await?;
             }
             at += run;
         }
         Ok(())
+    }
+
+    /// Bytes from `at` to the end of its chunk, or to `end`.
+    fn part_of_chunk(&self, at: u64, end: u64) -> u64 {
+        match self.image().map.chunk_shift.load(Ordering::Relaxed) {
+            0 => end - at,
+            shift => (((at >> shift) + 1) << shift).min(end) - at,
+        }
     }
 }

@@ -8,7 +8,7 @@
 use crate::codec::*;
 use crate::error::{FormatError, Kind, Result};
 use crate::limits::*;
-use crate::page::{PAYLOAD_BITS, PAYLOAD_SIZE};
+use crate::page::{PAYLOAD_BITS, PAYLOAD_ENTRIES, PAYLOAD_SIZE};
 use crate::{Uuid, bitmap, checksum};
 
 /// The first eight bytes of every image.
@@ -42,7 +42,7 @@ pub mod incompatible {
     /// Journal records may carry data.
     pub const CARRIED_DATA: u64 = 1 << 5;
     /// What this code implements.
-    pub const KNOWN: u64 = 0;
+    pub const KNOWN: u64 = COMPACT;
 }
 
 /// Compatible features: code that does not know a set bit may ignore it.
@@ -324,6 +324,26 @@ impl Header {
         if self.block_size == 0 { 0 } else { bitmap::blocks(self.covered, self.block_size) }
     }
 
+    /// Whether storage is allocated by the lookup table.
+    pub fn is_compact(&self) -> bool {
+        self.incompatible & incompatible::COMPACT != 0
+    }
+
+    /// Guest chunks of a compact image; 0 if flat. The last one may be partial.
+    pub fn chunks(&self) -> u64 {
+        if self.chunk_size == 0 { 0 } else { self.virtual_size.div_ceil(u64::from(self.chunk_size)) }
+    }
+
+    /// Storage chunks of a compact image that lie wholly below file byte `end`.
+    pub fn chunks_below(&self, end: u64) -> u64 {
+        if self.chunk_size == 0 { 0 } else { end.saturating_sub(self.data_offset) / u64::from(self.chunk_size) }
+    }
+
+    /// First file byte of storage chunk `id` of a compact image.
+    pub fn chunk_offset(&self, id: u64) -> u64 {
+        self.data_offset + id * u64::from(self.chunk_size)
+    }
+
     /// Units of the journal.
     pub fn journal_units(&self) -> u64 {
         self.region(RegionKind::Journal).map_or(0, Region::pages)
@@ -336,7 +356,7 @@ impl Header {
 
     /// Bytes the file must have: shorter is an error, longer is tolerated.
     pub fn file_length_min(&self) -> u64 {
-        let data = if self.incompatible & incompatible::COMPACT == 0 { self.flat_data_end() } else { self.data_offset };
+        let data = if self.is_compact() { self.data_offset } else { self.flat_data_end() };
         data.max(self.regions_end()).max(self.reach)
     }
 
@@ -475,17 +495,40 @@ impl Header {
         if self.reach > i64::MAX as u64 {
             return Err(FormatError::invalid("reach", format!("{}", self.reach)));
         }
-        if self.chunk_size != 0 || self.storage_grow_unit != 0 {
-            return Err(FormatError::invalid("chunk size", "set without the compact feature"));
-        }
-        if self.data_offset % PAGE_SIZE as u64 != 0
-            || self.data_offset < REGIONS_START
-            || self.data_offset.checked_add(self.virtual_size).is_none_or(|end| end > i64::MAX as u64)
-        {
+        self.validate_chunks()?;
+        let unit = if self.is_compact() { u64::from(self.chunk_size) } else { PAGE_SIZE as u64 };
+        let data = if self.is_compact() { 0 } else { self.virtual_size };
+        if self.data_offset % unit != 0 || self.data_offset < REGIONS_START || self.data_offset.checked_add(data).is_none_or(|end| end > i64::MAX as u64) {
             return Err(FormatError::invalid("data offset", format!("{}", self.data_offset)));
         }
         self.validate_base()?;
         self.validate_regions()
+    }
+
+    /// FMT-13, FMT-75.
+    fn validate_chunks(&self) -> Result<()> {
+        if !self.is_compact() {
+            if self.chunk_size != 0 || self.storage_grow_unit != 0 {
+                return Err(FormatError::invalid("chunk size", "set without the compact feature"));
+            }
+            return Ok(());
+        }
+        if !self.chunk_size.is_power_of_two() || !(CHUNK_SIZE_MIN..=CHUNK_SIZE_MAX).contains(&self.chunk_size) || self.chunk_size < self.block_size {
+            let text = format!("{} is no power of two from {CHUNK_SIZE_MIN} to {CHUNK_SIZE_MAX}, or smaller than a block", self.chunk_size);
+            return Err(FormatError::invalid("chunk size", text));
+        }
+        if self.chunks() > CHUNKS_MAX {
+            return Err(FormatError::invalid("virtual size", format!("{} chunks, at most {CHUNKS_MAX} fit", self.chunks())));
+        }
+        let unit = self.storage_grow_unit;
+        if unit == 0 || unit % u64::from(self.chunk_size) != 0 || unit > i64::MAX as u64 {
+            return Err(FormatError::invalid("storage grow unit", format!("{unit} is no multiple of the chunk size")));
+        }
+        match self.region(RegionKind::Table) {
+            Some(table) if (self.chunks().div_ceil(PAYLOAD_ENTRIES)..=CHUNKS_MAX.div_ceil(PAYLOAD_ENTRIES)).contains(&table.pages()) => Ok(()),
+            Some(table) => Err(FormatError::invalid("lookup table", format!("{} pages for {} chunks", table.pages(), self.chunks()))),
+            None => Err(FormatError::invalid("lookup table", "missing")),
+        }
     }
 
     fn validate_base(&self) -> Result<()> {
@@ -518,7 +561,7 @@ impl Header {
 
     fn validate_regions(&self) -> Result<()> {
         let mut taken: Vec<(u64, u64, &str)> = vec![(0, REGIONS_START, "header area")];
-        if self.virtual_size > 0 {
+        if self.virtual_size > 0 && !self.is_compact() {
             taken.push((self.data_offset, self.flat_data_end(), "data"));
         }
         for (i, region) in self.regions.iter().enumerate() {

@@ -14,13 +14,17 @@ pub const BLOCK_SIZE_MAX: u32 = 2 << 20;
 /// Largest bitmap that the default block size aims at: bytes.
 pub const BITMAP_DEFAULT_MAX: u64 = 2 << 20;
 /// Smallest chunk (allocation unit): bytes.
-pub const CHUNK_SIZE_MIN: u32 = 64 << 10;
+pub const CHUNK_SIZE_MIN: u32 = if cfg!(feature = "small-chunks") { 4 << 10 } else { 64 << 10 };
 /// Largest chunk: bytes.
 pub const CHUNK_SIZE_MAX: u32 = 64 << 20;
 /// Default chunk: bytes.
 pub const CHUNK_SIZE_DEFAULT: u32 = 1 << 20;
 /// Largest number of chunks of a compact disk.
 pub const CHUNKS_MAX: u64 = 1 << 31;
+/// Default growth step of a compact image: bytes.
+pub const STORAGE_GROW_UNIT_DEFAULT: u64 = 64 << 20;
+/// Largest growth step that creators give: bytes.
+pub const STORAGE_GROW_UNIT_MAX: u64 = 1 << 40;
 /// Smallest journal: bytes.
 pub const JOURNAL_SIZE_MIN: u64 = 1 << 20;
 /// Largest journal: bytes.

@@ -93,7 +93,7 @@ pub fn journal(bytes: &Store, prng: &mut Prng) -> Option<Harmed> {
 
 /// A page in place of a region that has stored pages.
 fn stored_page(bytes: &Store, header: &Header, prng: &mut Prng) -> Option<(RegionKind, u32, u64, u64, PageHeader)> {
-    let kind = prng.pick(&[RegionKind::Bitmap, RegionKind::Bitmap, RegionKind::PageMap]);
+    let kind = prng.pick(&[RegionKind::Bitmap, RegionKind::Bitmap, RegionKind::PageMap, RegionKind::Table, RegionKind::Table]);
     let region = header.region(kind)?;
     let index = prng.below(region.pages());
     let at = region.offset / PAGE as u64 + index;
@@ -119,7 +119,7 @@ fn lost(harmed: &mut Harmed, header: &Header, older: &Store, prng: &mut Prng) ->
     let (kind, generation, index, at, head) = stored_page(&harmed.bytes, header, prng)?;
     let old = *older.page(at)?;
     let before = page::open(&header.uuid, kind, generation, index, &old).ok()?;
-    if before == head || kind != RegionKind::Bitmap {
+    if before == head || kind == RegionKind::PageMap {
         return None;
     }
     harmed.bytes.write(at * PAGE as u64, &old);

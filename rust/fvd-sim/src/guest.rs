@@ -71,6 +71,8 @@ pub struct Guest {
     pub has_base: bool,
     /// The storage does not grow.
     pub fixed: bool,
+    /// Storage is allocated as the guest writes.
+    pub compact: bool,
     /// Steps that failed since this was last emptied, for whoever wants to judge or repeat them.
     pub errors: Vec<(Step, fvd_engine::Error)>,
     alignment: [u32; 2],
@@ -80,7 +82,7 @@ impl Guest {
     /// The guest of a session.
     pub fn new(world: Rc<World>, model: Rc<RefCell<Model>>, cells: u64, next_tag: Tag) -> Self {
         let alignment = world.image_alignment();
-        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, errors: Vec::new(), alignment }
+        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, compact: false, errors: Vec::new(), alignment }
     }
 
     /// Requests under way.
@@ -319,8 +321,14 @@ impl Guest {
                 return;
             }
             What::Change { begun, first, count, .. } => {
-                let model = &mut *self.model.borrow_mut();
-                model.oracle.end_maybe(begun, model.geometry.index(first), count as usize);
+                {
+                    let model = &mut *self.model.borrow_mut();
+                    model.oracle.end_maybe(begun, model.geometry.index(first), count as usize);
+                }
+                // The storage is full.
+                if error.kind == Kind::NoSpace && self.fixed && self.compact {
+                    return;
+                }
             }
             What::Empty { begun } => {
                 let oracle = &mut self.model.borrow_mut().oracle;
@@ -416,7 +424,12 @@ fn check_status(model: &Model, began: Moment, first: u64, count: u64, reply: &Re
     match status.place {
         Place::Data { file, offset } => {
             let header = image.info().map_err(|error| error.to_string())?.header;
-            if file != FileId::Image || offset != header.data_offset + first * cell {
+            let chunk = u64::from(header.chunk_size);
+            let right = match chunk {
+                0 => offset == header.data_offset + first * cell,
+                _ => offset >= header.data_offset && (offset - header.data_offset) % chunk == first * cell % chunk,
+            };
+            if file != FileId::Image || !right {
                 return Err(format!("block status of cell {first} names byte {offset} of {file:?}"));
             }
         }
@@ -428,7 +441,16 @@ fn check_status(model: &Model, began: Moment, first: u64, count: u64, reply: &Re
                 }
             }
         }
-        Place::Zero => {}
+        Place::Zero => {
+            let index = model.geometry.index(first);
+            let zero = vec![0; cell as usize];
+            for i in 0..(status.len / cell) as usize {
+                let number = first + i as u64;
+                if !model.oracle.may_read(index + i, number, began, &zero) {
+                    return Err(format!("block status says zero for cell {number}: {}", model.oracle.explain(index + i)));
+                }
+            }
+        }
     }
     Ok(())
 }

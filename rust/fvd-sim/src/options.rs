@@ -78,6 +78,12 @@ pub struct Options {
     pub base_bytes: [u64; 2],
     /// Copy-on-write unit: bytes; 0: the default.
     pub block_size: u32,
+    /// Chunk of a compact image: bytes; 0: the image is flat.
+    pub chunk_size: u32,
+    /// Chunks in a growth step.
+    pub step_chunks: u64,
+    /// Storage that does not grow: bytes behind the metadata.
+    pub fixed_room: u64,
     /// Journal: bytes.
     pub journal_size: u64,
     /// Blocks that are zero in the base are found at creation.
@@ -133,11 +139,16 @@ impl Options {
         let tight = p.one_in(12);
         let cell = if tight { 512 } else { p.pick(&[512, 512, 512, 512, 64, 128]) };
         let block_size = if tight { 4096 } else { p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]) };
+        let chunk_size = if p.chance(55) { p.pick(&[4 << 10, 4 << 10, 8 << 10, 16 << 10, 64 << 10, 128 << 10]) } else { 0 };
+        let block_size = if chunk_size > 0 { block_size.min(chunk_size) } else { block_size };
+        let block = u64::from(if block_size == 0 { 4096 } else { block_size });
         let (cells, starts, window) = if tight {
             let sectors = p.between(1000, 2500);
             (sectors, vec![0], sectors)
+        } else if chunk_size > 0 && p.chance(70) {
+            chunks(p, cell, u64::from(chunk_size))
         } else {
-            disk(p, cell, u64::from(if block_size == 0 { 4096 } else { block_size }))
+            disk(p, cell, block)
         };
         let bytes = cells * cell;
         let base = p.pick(&[BaseIs::Known, BaseIs::Known, BaseIs::Known, BaseIs::Named, BaseIs::Surprise, BaseIs::None]);
@@ -179,6 +190,9 @@ impl Options {
             base,
             base_bytes: [base_sectors * 512, later * 512],
             block_size,
+            chunk_size,
+            step_chunks: p.pick(&[1, 1, 2, 4, 20]),
+            fixed_room: p.pick(&[128 << 10, 256 << 10, 1 << 20, 8 << 20]),
             journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
             holes: base == BaseIs::Known && p.chance(30),
             preallocate: p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
@@ -226,6 +240,15 @@ fn disk(p: &mut Prng, cell: u64, block: u64) -> (u64, Vec<u64>, u64) {
     };
     let cells = sectors * (512 / cell) / if cell < 512 { 4 } else { 1 };
     let cells = cells.max(512 / cell).next_multiple_of(512 / cell);
+    (cells, vec![0], cells)
+}
+
+/// The same for a disk of a few chunks, all of them in use; the last one is often partial.
+fn chunks(p: &mut Prng, cell: u64, chunk: u64) -> (u64, Vec<u64>, u64) {
+    let count = p.between(1, 6) * (32768 / chunk).max(1);
+    let sectors = (count * chunk / 512).saturating_sub(p.pick(&[0, 0, 1, 7, 33])).max(1);
+    let cells = sectors * (512 / cell);
+    let cells = if cell < 512 { cells.min(1200).next_multiple_of(512 / cell) } else { cells };
     (cells, vec![0], cells)
 }
 

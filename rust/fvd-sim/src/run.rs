@@ -30,6 +30,8 @@ const STEPS_MAX: u64 = 400_000;
 const COMMIT_SLACK: u64 = 10 * SECOND;
 /// Storage that does not grow: bytes.
 const FIXED_LENGTH: u64 = 16 << 20;
+/// The same for a compact image, without its chunks.
+const COMPACT_METADATA: u64 = 4 << 20;
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -129,7 +131,8 @@ impl<'a> Run<'a> {
         let options = &plan.options;
         let mut bytes = Store::default();
         if !options.limits[0].grows_zeroed {
-            bytes.fill_pages(0, FIXED_LENGTH, GARBAGE_BYTE);
+            let length = if options.chunk_size > 0 && !options.preallocate { COMPACT_METADATA + options.fixed_room } else { FIXED_LENGTH };
+            bytes.fill_pages(0, length, GARBAGE_BYTE);
         }
         Self {
             plan,
@@ -221,6 +224,9 @@ impl<'a> Run<'a> {
             base_format: if named { "raw".into() } else { String::new() },
             detect_sparse_hole: u64::from(options.holes),
             preallocation: if options.preallocate { Preallocation::Full } else { Preallocation::Off },
+            compact: options.chunk_size > 0,
+            chunk_size: options.chunk_size,
+            storage_grow_unit: options.step_chunks * u64::from(options.chunk_size),
         }
     }
 
@@ -279,7 +285,7 @@ impl<'a> Run<'a> {
     pub(crate) fn make_model(&self, header: &Header) -> Model {
         let options = self.options;
         let geometry = Geometry::new(options.cell, options.cells, options.starts.clone(), options.window);
-        let beyond = if options.limits[0].grows_zeroed || options.preallocate { ZERO } else { GARBAGE };
+        let beyond = if options.limits[0].grows_zeroed || options.preallocate || options.chunk_size > 0 { ZERO } else { GARBAGE };
         let covered = if header.pristine { u64::MAX } else { header.covered };
         let tag = |i| if geometry.cell_at(i) * options.cell < covered { BASE } else { beyond };
         let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
@@ -360,6 +366,7 @@ impl<'a> Run<'a> {
         let mut guest = Guest::new(world.clone(), self.model(), self.cells, self.next_tag);
         guest.has_base = self.options.base != BaseIs::None;
         guest.fixed = !self.options.limits[0].grows_zeroed;
+        guest.compact = self.options.chunk_size > 0;
         let mut end = drive(&mut guest, world, session, self.options.depth, prng.chance(30));
         if end == Ok(true) && guest.under_way() == 0 && prng.chance(25) {
             end = self.quiet(world, session.cut.as_ref());

@@ -138,6 +138,14 @@ impl Draw<'_> {
             _ => p.below(window.count),
         };
         let most = window.count - within;
+        let chunk = u64::from(self.options.chunk_size) / self.options.cell;
+        if chunk > 0 && p.chance(15) {
+            // Whole chunks, as far as the window has them.
+            let first = ((window.first + within) / chunk * chunk).max(window.first);
+            let count = (p.pick(&[1, 1, 2, 3]) * chunk).min(window.first + window.count - first).min(400);
+            self.last = first + count;
+            return (first, count);
+        }
         let count = match p.below(12) {
             0 | 1 => 1,
             2 => block,

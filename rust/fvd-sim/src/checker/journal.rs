@@ -6,8 +6,10 @@ use super::{Model, Verdict};
 use crate::disk::Disk;
 use crate::store::PAGE;
 use fvd_format::journal::{Record, decode_unit};
+use fvd_format::page::{self, PAYLOAD_ENTRIES};
 use fvd_format::{Header, RegionKind};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 
 /// The append on its way.
 struct Append {
@@ -31,6 +33,43 @@ pub struct Journal {
     append: Option<Append>,
     /// The last commit that is durable: its number and where the next starts.
     complete: Option<(u64, u64)>,
+    /// What durable commits said of the reach.
+    reach: u64,
+    /// Entries of the table, as durable commits say; read when the first record comes.
+    table: Option<BTreeMap<u64, u32>>,
+    /// Entries that the last durable commit changed, as they were before.
+    before: BTreeMap<u64, u32>,
+}
+
+/// The table as the durable pages in place say: right between an open and its first append.
+fn table_in_place(disk: &Disk, header: &Header) -> BTreeMap<u64, u32> {
+    let mut out = BTreeMap::new();
+    let Some(region) = header.region(RegionKind::Table) else { return out };
+    for index in 0..region.pages() {
+        let Some(bytes) = disk.stable.page(region.offset / PAGE as u64 + index) else { continue };
+        if page::open(&header.uuid, RegionKind::Table, region.generation, index, bytes).is_ok() {
+            for (i, entry) in bytes[page::HEADER_SIZE..].chunks_exact(4).enumerate() {
+                let entry = u32::from_le_bytes(entry.try_into().expect("four bytes"));
+                out.extend((entry != 0).then_some((index * PAYLOAD_ENTRIES + i as u64, entry)));
+            }
+        }
+    }
+    out
+}
+
+/// The entries that a commit changes.
+fn entries_of(payload: &[u8]) -> Result<Vec<(u64, u32)>, String> {
+    let (mut rest, mut out) = (payload, Vec::new());
+    while !rest.is_empty() {
+        match Record::decode(&mut rest).map_err(|error| format!("an invalid record is journaled: {error}"))? {
+            Record::EntryRun { first, count, value, step, .. } => out.extend((0..count).map(|k| (first + u64::from(k), value + step * k))),
+            Record::Entries { first, values, .. } => {
+                out.extend((first..).zip(values.chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")))));
+            }
+            _ => {}
+        }
+    }
+    Ok(out)
 }
 
 impl Journal {
@@ -70,9 +109,26 @@ impl Journal {
         let append = self.append.as_mut().expect("begun above");
         append.parts = if append.parts == 0 || parts == 0 { 1 } else { parts + 1 };
         if append.whole {
-            exposes(disk, header, &append.payload, model)?;
+            let table = self.table.get_or_insert_with(|| table_in_place(disk, header));
+            exposes(disk, header, &append.payload, table, model)?;
         }
         Ok(())
+    }
+
+    /// The reach that durable commits of this session gave.
+    pub fn reach(&self) -> u64 {
+        self.reach
+    }
+
+    /// The table as durable commits say, if any record came yet; with it, what the last commit changed,
+    /// as it was before.
+    pub fn table(&self) -> Option<(&BTreeMap<u64, u32>, &BTreeMap<u64, u32>)> {
+        Some((self.table.as_ref()?, &self.before))
+    }
+
+    /// Regions were built anew: the table in place says it all.
+    pub fn rebuilt(&mut self) {
+        self.table = None;
     }
 
     /// The unit at file offset `at` makes way for number `seq`: it must not count any more.
@@ -118,37 +174,80 @@ impl Journal {
         {
             append.written = None;
             self.complete = Some((append.commit, append.next_seq));
+            let mut rest = &append.payload[..];
+            while let Ok(record) = Record::decode(&mut rest) {
+                if let Record::Reach(reach) = record {
+                    self.reach = self.reach.max(reach);
+                }
+            }
+            if let (Some(table), Ok(entries)) = (&mut self.table, entries_of(&append.payload)) {
+                self.before = entries.iter().map(|(chunk, _)| (*chunk, table.get(chunk).copied().unwrap_or(0))).collect();
+                table.extend(entries);
+            }
         }
     }
 }
 
 /// Whatever the records expose must be durable, and right: if the power went now and the records
-/// survived, the guest would see it (CC-1, CC-3).
-fn exposes(disk: &Disk, header: &Header, payload: &[u8], model: Option<&RefCell<Model>>) -> Verdict {
+/// survived, the guest would see it (CC-1, CC-3). What fills fresh space need not be there yet: till
+/// then the zeroes of before are (R6).
+fn exposes(disk: &Disk, header: &Header, payload: &[u8], table: &BTreeMap<u64, u32>, model: Option<&RefCell<Model>>) -> Verdict {
     let Some(model) = model else { return Ok(()) };
     let model = model.borrow();
+    let changed: BTreeMap<u64, u32> = entries_of(payload)?.into_iter().collect();
+    let place = |at: u64| place_of(header, |chunk| changed.get(&chunk).or_else(|| table.get(&chunk)).copied(), at);
+    let check = |from: u64, to: u64| match not_durable(disk, &model, place, from, to) {
+        Some(text) => Err(format!("a record exposes a cell before its data is durable (CC-3): {text}")),
+        None => Ok(()),
+    };
     let mut rest = payload;
     while !rest.is_empty() {
         let record = Record::decode(&mut rest).map_err(|error| format!("an invalid record is journaled: {error}"))?;
-        let Record::Bits { region: RegionKind::Bitmap, value: true, first, count } = record else { continue };
-        if let Some(text) = not_durable(disk, header, &model, first, first + u64::from(count)) {
-            return Err(format!("a record exposes a cell before its data is durable (CC-3): {text}"));
+        if let Record::Bits { region: RegionKind::Bitmap, value: true, first, count } = record {
+            let block = u64::from(header.block_size);
+            check(first * block, ((first + u64::from(count)) * block).min(header.covered))?;
+        }
+    }
+    // Beyond what the bitmap covers, an entry alone exposes.
+    let chunk = u64::from(header.chunk_size);
+    for number in changed.keys() {
+        check((number * chunk).max(header.covered), ((number + 1) * chunk).min(header.virtual_size))?;
+    }
+    two_names(table, &changed)
+}
+
+/// Where guest byte `at` is in the file when the table says what `entry` does; `None`: nowhere, it
+/// reads as zero.
+pub fn place_of(header: &Header, entry: impl Fn(u64) -> Option<u32>, at: u64) -> Option<u64> {
+    match u64::from(header.chunk_size) {
+        0 => Some(header.data_offset + at),
+        chunk => u64::from(entry(at / chunk).unwrap_or(0)).checked_sub(1).map(|id| header.chunk_offset(id) + at % chunk),
+    }
+}
+
+/// No storage chunk has two guest chunks (FMT-77).
+fn two_names(table: &BTreeMap<u64, u32>, changed: &BTreeMap<u64, u32>) -> Verdict {
+    let mut owners = BTreeMap::new();
+    let now = table.iter().filter(|(chunk, _)| !changed.contains_key(chunk)).chain(changed);
+    for (chunk, entry) in now.filter(|(_, entry)| **entry != 0) {
+        if let Some(other) = owners.insert(entry, chunk) {
+            return Err(format!("a record gives the storage of guest chunk {other} to guest chunk {chunk} (R4)"));
         }
     }
     Ok(())
 }
 
-/// Which cell of blocks `first..end`, were they in the image, would show what it must not if the power
-/// went now.
-pub fn not_durable(disk: &Disk, header: &Header, model: &Model, first: u64, end: u64) -> Option<String> {
-    let block = u64::from(header.block_size);
-    let (from, to) = (first * block, (end * block).min(header.covered));
+/// Why guest bytes `from..to`, which lie where `place` says, may not show what is durable there: text.
+pub fn not_durable(disk: &Disk, model: &Model, place: impl Fn(u64) -> Option<u64>, from: u64, to: u64) -> Option<String> {
     let cell = model.geometry.cell;
     let mut bytes = [0; crate::content::SECTOR];
     let bytes = &mut bytes[..cell as usize];
     for window in &model.geometry.windows {
-        for number in window.first.max(from / cell)..(window.first + window.count).min(to / cell) {
-            disk.stable.read(header.data_offset + number * cell, bytes);
+        for number in window.first.max(from.div_ceil(cell))..(window.first + window.count).min(to / cell) {
+            match place(number * cell) {
+                Some(at) => disk.stable.read(at, bytes),
+                None => bytes.fill(0),
+            }
             let index = window.index + (number - window.first) as usize;
             if !model.oracle.may_survive(index, number, bytes) {
                 return Some(format!("cell {number} is {}; {}", crate::content::describe(bytes), model.oracle.explain(index)));

@@ -107,7 +107,12 @@ impl Checker {
         }
         self.refresh(disk);
         let Some(header) = self.stable.clone() else { return Ok(()) };
-        if op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
+        if header.is_compact() {
+            let reach = self.journal.reach().max(header.reach);
+            if op.offset >= header.data_offset && op.offset + op.len > reach {
+                return Err(format!("{} beyond the durable reach {reach} (R6)", what()));
+            }
+        } else if op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
             return Ok(());
         }
         self.applied += 1;
@@ -118,7 +123,7 @@ impl Checker {
         }
         match region_at(&header, op)? {
             Some(RegionKind::Journal) => self.journal.submit(disk, &header, op.offset, &bytes, self.model.as_deref()),
-            Some(RegionKind::DoubleWrite) => self.pages.submit_area(disk, &header, &bytes, self.model.as_deref()),
+            Some(RegionKind::DoubleWrite) => self.pages.submit_area(disk, &header, &bytes, self.model.as_deref(), self.journal.table()),
             Some(kind) => self.pages.submit_in_place(disk, &header, kind, op.offset, &bytes),
             None => Ok(()),
         }
@@ -168,8 +173,13 @@ impl Checker {
                 *copy = raw.map(|raw| Copy { raw: Box::new(*raw), header: header(raw) });
             }
         }
+        let table = |header: &Option<Rc<Header>>| header.as_ref().and_then(|h| h.region(RegionKind::Table).map(|r| r.generation));
+        let before = table(&self.stable);
         let valid = self.copies.iter().flatten().filter_map(|copy| copy.header.clone());
         self.stable = valid.max_by_key(|header| header.generation);
+        if table(&self.stable) != before {
+            self.journal.rebuilt();
+        }
         if let Some(header) = &self.stable {
             self.journal.opened(header);
         }

@@ -6,29 +6,49 @@ use super::{Model, Verdict};
 use crate::disk::Disk;
 use crate::store::PAGE;
 use fvd_format::double_write::Batch;
-use fvd_format::page::PAYLOAD_BITS;
+use fvd_format::page::{PAYLOAD_BITS, PAYLOAD_ENTRIES};
 use fvd_format::{Header, RegionKind, page};
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+/// The table as durable commits say, and what the last of them changed, as it was before.
+type Table<'a> = Option<(&'a BTreeMap<u64, u32>, &'a BTreeMap<u64, u32>)>;
 
 /// A batch that a power cut leaves is written back: what its bitmap page says beyond the page in place must
 /// be so already.
-fn ahead(disk: &Disk, header: &Header, index: u64, page: &[u8], model: &Model) -> Option<String> {
+fn ahead(disk: &Disk, header: &Header, index: u64, page: &[u8], model: &Model, table: Table<'_>) -> Option<String> {
+    if header.is_compact() && table.is_none() {
+        return None;
+    }
+    let entry = |chunk| table.and_then(|(table, _)| table.get(&chunk).copied());
     let region = header.region(RegionKind::Bitmap)?;
     let old = disk.stable.page(region.offset / PAGE as u64 + index);
     let old = old.filter(|old| page::open(&header.uuid, RegionKind::Bitmap, region.generation, index, &old[..]).is_ok());
     let bit = |page: &[u8], i: u64| page[page::HEADER_SIZE + (i / 8) as usize] >> (i % 8) & 1 == 1;
-    let (from, block_cells) = (index * PAYLOAD_BITS, u64::from(header.block_size) / model.geometry.cell);
+    let block = u64::from(header.block_size);
+    let (from, block_cells) = (index * PAYLOAD_BITS, block / model.geometry.cell);
     for window in &model.geometry.windows {
         let first = (window.first / block_cells).max(from);
         let end = (window.first + window.count).div_ceil(block_cells).min(header.blocks()).min(from + PAYLOAD_BITS);
         let fresh = (first..end).filter(|block| bit(page, block - from) && !old.is_some_and(|old| bit(&old[..], block - from)));
-        for block in fresh {
-            if let Some(text) = super::journal::not_durable(disk, header, model, block, block + 1) {
-                return Some(text);
+        for number in fresh {
+            let place = |at| super::journal::place_of(header, entry, at);
+            let text = super::journal::not_durable(disk, model, place, number * block, ((number + 1) * block).min(header.covered));
+            if text.is_some() {
+                return text;
             }
         }
     }
     None
+}
+
+/// The same for a page of the table: it says what durable commits say, the last one included or not.
+fn table_ahead(index: u64, page: &[u8], table: Table<'_>) -> Option<String> {
+    let (table, before) = table?;
+    let entries = page[page::HEADER_SIZE..].chunks_exact(4).map(|b| u32::from_le_bytes(b.try_into().expect("four bytes")));
+    let mut entries = (index * PAYLOAD_ENTRIES..).zip(entries);
+    let (chunk, entry) = entries.find(|(chunk, entry)| table.get(chunk).copied().unwrap_or(0) != *entry && before.get(chunk) != Some(entry))?;
+    Some(format!("entry {chunk} is {entry}, commits say {:?}", table.get(&chunk)))
 }
 
 /// What is known of pages in place.
@@ -41,7 +61,7 @@ pub struct Pages {
 
 impl Pages {
     /// The double-write area is about to be written.
-    pub fn submit_area(&mut self, disk: &Disk, header: &Header, bytes: &[u8], model: Option<&RefCell<Model>>) -> Verdict {
+    pub fn submit_area(&mut self, disk: &Disk, header: &Header, bytes: &[u8], model: Option<&RefCell<Model>>, table: Table<'_>) -> Verdict {
         let batch = Batch::decode(&header.uuid, &bytes[..PAGE]).map_err(|error| format!("an invalid batch is written: {error}"))?;
         if batch.number <= header.last_batch {
             return Err(format!("batch {} is not above the last one, {} (CC-20)", batch.number, header.last_batch));
@@ -52,9 +72,14 @@ impl Pages {
         let Some(model) = model else { return Ok(()) };
         for (entry, page) in batch.entries.iter().zip(bytes.chunks(PAGE).skip(1)) {
             if entry.kind == RegionKind::Bitmap
-                && let Some(text) = ahead(disk, header, entry.index, page, &model.borrow())
+                && let Some(text) = ahead(disk, header, entry.index, page, &model.borrow(), table)
             {
                 return Err(format!("a batch exposes a cell before its data is durable (CC-8): {text}"));
+            }
+            if entry.kind == RegionKind::Table
+                && let Some(text) = table_ahead(entry.index, page, table)
+            {
+                return Err(format!("a batch is ahead of the commits (CC-8): {text}"));
             }
         }
         Ok(())
