@@ -139,7 +139,7 @@ impl Options {
         let tight = p.one_in(12);
         let cell = if tight { 512 } else { p.pick(&[512, 512, 512, 512, 64, 128]) };
         let block_size = if tight { 4096 } else { p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]) };
-        let chunk_size = if p.chance(55) { p.pick(&[4 << 10, 4 << 10, 8 << 10, 16 << 10, 64 << 10, 128 << 10]) } else { 0 };
+        let chunk_size = if p.chance(50) { p.pick(&[4 << 10, 4 << 10, 4 << 10, 4 << 10, 8 << 10, 8 << 10, 16 << 10, 64 << 10]) } else { 0 };
         let block_size = if chunk_size > 0 { block_size.min(chunk_size) } else { block_size };
         let block = u64::from(if block_size == 0 { 4096 } else { block_size });
         let (cells, starts, window) = if tight {

@@ -11,7 +11,7 @@ use crate::prng::{Prng, mix};
 use crate::world::Failures;
 
 /// Outcomes of a power cut that are drawn beside the plan's own.
-const BRANCHES: u64 = 16;
+const BRANCHES: u64 = 6;
 
 /// Draws the plan of a seed.
 pub fn plan(seed: u64) -> Plan {
@@ -142,7 +142,7 @@ impl Draw<'_> {
         if chunk > 0 && p.chance(15) {
             // Whole chunks, as far as the window has them.
             let first = ((window.first + within) / chunk * chunk).max(window.first);
-            let count = (p.pick(&[1, 1, 2, 3]) * chunk).min(window.first + window.count - first).min(400);
+            let count = (p.pick(&[1, 1, 2, 3]) * chunk).min(window.first + window.count - first).min(260);
             self.last = first + count;
             return (first, count);
         }
