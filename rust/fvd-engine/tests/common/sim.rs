@@ -25,7 +25,12 @@ pub fn over_base(size: u64) -> CreateParams {
 
 /// Creates an image; what is in the file then is durable.
 pub fn create(params: CreateParams, base: Option<Vec<u8>>, limits: Limits) -> Result<Store, Error> {
-    let world = World::new(Store::default(), base, 1, limits);
+    create_in(Store::default(), params, base, limits)
+}
+
+/// Creates an image over what is in a file.
+pub fn create_in(file: Store, params: CreateParams, base: Option<Vec<u8>>, limits: Limits) -> Result<Store, Error> {
+    let world = World::new(file, base, 1, limits);
     let queue = world.queue(Config::default());
     let result = world.request(&queue, Request::Create(Box::new(params))).expect("no cut");
     let stable = world.disk.borrow().stable.clone();

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Compact images: sizes, what an allocation costs the host, freed and reused chunks, storage that
+//! runs out. What a cut may leave of them is the simulator's.
+
+mod common;
+
+use common::sim::*;
+use common::*;
+use fvd_engine::host::{FileId, Limits};
+use fvd_engine::{BlockStatus, Config, CreateParams, Kind, Place, Preallocation, Reply, Request};
+use fvd_format::RegionKind;
+
+const KIB: u64 = 1 << 10;
+const CHUNK: u64 = 64 * KIB;
+
+fn compact(size: u64) -> CreateParams {
+    CreateParams { virtual_size: Some(size), compact: true, chunk_size: CHUNK as u32, storage_grow_unit: 16 * CHUNK, ..CreateParams::default() }
+}
+
+fn over(params: CreateParams, base_format: &str) -> CreateParams {
+    CreateParams { base_name: "base".into(), base_format: base_format.into(), ..params }
+}
+
+fn discard(sim: &Sim, offset: u64, len: u64) {
+    assert_eq!(sim.ask(Request::Discard { offset, len }), Ok(Reply::Done));
+}
+
+fn place(sim: &Sim, offset: u64) -> Option<u64> {
+    match sim.status(offset, 512).place {
+        Place::Data { file: FileId::Image, offset } => Some(offset),
+        Place::Zero => None,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn mapped(sim: &Sim) -> u64 {
+    match sim.ask(Request::Check) {
+        Ok(Reply::Check(report)) => {
+            assert_eq!(report.corruptions, 0, "{:?}", report.findings);
+            report.chunks_allocated
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_terabyte_starts_small_with_and_without_a_base() {
+    for base in [false, true] {
+        let params = CreateParams { virtual_size: Some(1 << 40), compact: true, ..CreateParams::default() };
+        let params = if base { over(params, "raw") } else { params };
+        let image = create(params, None, limits(1)).unwrap();
+        let sim = Sim::open(&image, None);
+        let header = sim.info().header;
+        let journal = header.region(RegionKind::Journal).unwrap().length;
+        assert!(image.len - journal <= 8 * MIB, "{} bytes beside the journal", image.len - journal);
+        let bytes = |kind| header.region(kind).map_or(0, |r| r.length);
+        // The figure of the design: 4.1 MiB of table and 2.1 of bitmap.
+        assert!(bytes(RegionKind::Table) + bytes(RegionKind::Bitmap) <= (62 * MIB) / 10);
+        assert_eq!(bytes(RegionKind::Bitmap) > 0, base);
+        sim.close();
+    }
+}
+
+#[test]
+fn an_allocating_write_and_its_flush_are_two_writes_and_one_sync() {
+    for align in [1, 512, 4096] {
+        let limits = Limits { request_alignment: align, memory_alignment: 512, ..Limits::default() };
+        let image = create(compact(256 * MIB), None, limits).unwrap();
+        let sim = Sim::try_open(&image, None, limits, Config::default()).unwrap();
+        sim.write(0, vec![1; 4096]);
+        sim.flush();
+        sim.counts();
+        let mut rng = Rng::new(7);
+        for i in 1..100 {
+            // Everywhere, never twice in a chunk.
+            sim.write((i * 37 % 4096) * CHUNK + rng.below(15) * 4096, vec![2; 4096]);
+            sim.flush();
+            let counts = sim.counts();
+            // A growth step: the reach is one unit more, and two syncs.
+            let steps = u64::from(i % 16 == 0);
+            assert_eq!((counts.writes, counts.bytes_written, counts.reads, counts.syncs), (2 + steps, 8192 + 4096 * steps, 0, 1 + 2 * steps), "write {i}");
+        }
+        sim.close();
+    }
+}
+
+#[test]
+fn over_a_base_or_in_used_space_it_is_one_sync_more() {
+    let base = base_image(2048);
+    let image = create(over(compact(MIB), "raw"), Some(base.clone()), limits(512)).unwrap();
+    let sim = Sim::open(&image, Some(base));
+    sim.write(0, vec![1; 4096]);
+    sim.flush();
+    sim.counts();
+    sim.write(5 * CHUNK, vec![1; 4096]);
+    sim.flush();
+    let counts = sim.counts();
+    assert_eq!((counts.writes, counts.bytes_written, counts.syncs), (2, 8192, 2));
+    let image = sim.close();
+    // Opened again, what is left of the step is not known to be zero.
+    let sim = Sim::open(&image, None);
+    sim.write(7 * CHUNK, vec![1; 4096]);
+    sim.flush();
+    sim.counts();
+    sim.write(9 * CHUNK, vec![1; 4096]);
+    sim.flush();
+    assert_eq!(sim.counts().syncs, 2);
+    sim.close();
+}
+
+#[test]
+fn neighbours_stay_neighbours() {
+    let sim = Sim::new(compact(64 * MIB), None);
+    for i in 0..160 {
+        sim.write(i * CHUNK, vec![1; CHUNK as usize]);
+    }
+    let BlockStatus { place: Place::Data { .. }, len } = sim.status(0, 64 * MIB) else { panic!("no data") };
+    assert_eq!(len, 160 * CHUNK, "one run, across ten growth steps");
+    // A large write is one write, however many chunks it fills.
+    sim.counts();
+    sim.write(200 * CHUNK, vec![3; 8 * CHUNK as usize]);
+    assert_eq!(sim.counts().writes, 1 + 1, "one, and the record of a growth step");
+    assert_eq!(mapped(&sim), 168);
+    sim.close();
+}
+
+#[test]
+fn zeroes_and_discards_take_no_storage_and_give_it_back() {
+    let base = base_image(4096);
+    let sim = Sim::new(over(compact(2 * MIB), "raw"), Some(base.clone()));
+    let zero = |offset, len, may_unmap| assert_eq!(sim.ask(Request::WriteZeroes { offset, len, may_unmap, fua: false }), Ok(Reply::Done));
+    zero(0, 4 * CHUNK, false);
+    assert_eq!(mapped(&sim), 0);
+    same(&sim.read(0, 4 * CHUNK), &vec![0; 4 * CHUNK as usize], "zeroes over the base");
+    same(&sim.read(4 * CHUNK, CHUNK), &base[4 * CHUNK as usize..][..CHUNK as usize], "the base");
+    // Part of a block that is in the base has to be written.
+    zero(5 * CHUNK + 512, 512, true);
+    assert_eq!(mapped(&sim), 1);
+    let mut expect = base[5 * CHUNK as usize..][..4096].to_vec();
+    expect[512..1024].fill(0);
+    same(&sim.read(5 * CHUNK, 4096), &expect, "part of a block");
+    discard(&sim, 5 * CHUNK, CHUNK);
+    assert_eq!((mapped(&sim), place(&sim, 5 * CHUNK)), (0, None));
+    same(&sim.read(5 * CHUNK, CHUNK), &vec![0; CHUNK as usize], "a discarded chunk hides the base");
+    sim.close();
+}
+
+#[test]
+fn freed_chunks_are_used_again_before_new_storage() {
+    let size = 40 * CHUNK;
+    let sim = Sim::new(compact(size), None);
+    let data = sim.info().header.data_offset;
+    for round in 0..100u64 {
+        let tag = 1 + round as u8;
+        for i in 0..40 {
+            sim.write((i * 7 % 40) * CHUNK, vec![tag; CHUNK as usize]);
+        }
+        if round % 3 == 0 {
+            sim.flush();
+        }
+        discard(&sim, 0, size);
+        // Only part of a chunk, later: what is around it must be zero again.
+        sim.write(3 * CHUNK + 4096, vec![tag; 4096]);
+        same(&sim.read(3 * CHUNK, 4096), &[0; 4096], "before");
+        same(&sim.read(3 * CHUNK + 8192, CHUNK - 8192), &vec![0; CHUNK as usize - 8192], "behind");
+    }
+    let reach = sim.info().header.reach;
+    let image = sim.close();
+    assert!(image.len <= data + size + CHUNK + 16 * CHUNK, "{} bytes, reach {reach}", image.len);
+}
+
+#[test]
+fn storage_that_is_full_fails_the_write_and_nothing_else() {
+    let fixed = Limits { grows_zeroed: false, ..limits(512) };
+    // Journal, double-write area and table, then room for a few chunks.
+    let mut storage = Store::default();
+    storage.write(0, &vec![0xa5; 4 * MIB as usize]);
+    let params = CreateParams { journal_size: MIB, ..compact(64 * CHUNK) };
+    let storage = create_in(storage, params, None, fixed).unwrap();
+    let sim = Sim::try_open(&storage, None, fixed, Config::default()).unwrap();
+    let mut written = 0;
+    let error = loop {
+        match sim.ask(Request::Write { offset: written * CHUNK, buf: Buf::new(vec![1 + written as u8; 4096]), fua: false }) {
+            Ok(_) => written += 1,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind, Kind::NoSpace, "{error}");
+    assert!(written > 2 && written < 64);
+    for i in 0..written {
+        let mut expect = vec![0; CHUNK as usize];
+        expect[..4096].fill(1 + i as u8);
+        same(&sim.read(i * CHUNK, CHUNK), &expect, "no old bytes");
+    }
+    // Room by a discard, once that is committed.
+    discard(&sim, 0, CHUNK);
+    sim.write(written * CHUNK, vec![7; 4096]);
+    // Room by more storage.
+    assert!(sim.ask(Request::Write { offset: 63 * CHUNK, buf: Buf::new(vec![9; 512]), fua: false }).is_err());
+    {
+        let disk = &mut *sim.world.disk.borrow_mut();
+        let end = disk.view.len;
+        for store in [&mut disk.view, &mut disk.stable] {
+            store.write(end, &vec![0x5a; 2 * CHUNK as usize]);
+        }
+    }
+    sim.write(63 * CHUNK, vec![9; 512]);
+    same(&sim.read(63 * CHUNK + 512, 4096), &[0; 4096], "no old bytes");
+    sim.flush();
+    assert_eq!(mapped(&sim), written + 1);
+    sim.close();
+}
+
+#[test]
+fn a_disk_that_outgrows_its_table_gets_a_larger_one() {
+    let sim = Sim::new(compact(64 * MIB), None);
+    sim.write(60 * MIB, vec![1; 4096]);
+    let table = *sim.info().header.region(RegionKind::Table).unwrap();
+    assert_eq!(sim.ask(Request::Resize { size: 1 << 30, zeroed: true }), Ok(Reply::Done));
+    assert_ne!(sim.info().header.region(RegionKind::Table).unwrap().offset, table.offset);
+    sim.write(1000 * MIB, vec![2; 4096]);
+    same(&sim.read(60 * MIB, 4096), &[1; 4096], "old part");
+    same(&sim.read(100 * MIB, 4096), &[0; 4096], "new part");
+    assert_eq!(mapped(&sim), 2);
+    let sim = Sim::open(&sim.close(), None);
+    same(&sim.read(1000 * MIB, 4096), &[2; 4096], "opened again");
+    // Where the regions lie now is nobody's storage.
+    for i in 0..40 {
+        sim.write(i * CHUNK, vec![3; 512]);
+    }
+    assert_eq!(mapped(&sim), 42);
+    sim.close();
+}
+
+#[test]
+fn preallocated_chunks_have_their_place_and_read_zero() {
+    for how in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        let sim = Sim::new(CreateParams { preallocation: how, ..compact(10 * CHUNK + 512) }, None);
+        assert_eq!(mapped(&sim), 11);
+        let BlockStatus { len, .. } = sim.status(0, 10 * CHUNK + 512);
+        assert_eq!(len, 10 * CHUNK + 512);
+        sim.counts();
+        sim.write(3 * CHUNK, vec![1; 4096]);
+        sim.flush();
+        let counts = sim.counts();
+        assert_eq!((counts.writes, counts.syncs), (1, 1), "nothing to commit");
+        same(&sim.read(3 * CHUNK + 4096, 4096), &[0; 4096], "the rest");
+        sim.close();
+    }
+}
+
+#[test]
+fn bad_parameters_are_named() {
+    let fails = |params: CreateParams, what: &str| {
+        let error = create(params, None, limits(1)).unwrap_err();
+        assert!(error.text.contains(what), "{error}");
+    };
+    fails(CreateParams { chunk_size: 1 << 20, ..over_base(MIB) }, "compact_image=on");
+    fails(CreateParams { chunk_size: 3 << 16, ..compact(MIB) }, "chunk_size 196608");
+    fails(CreateParams { chunk_size: 1 << 27, ..compact(MIB) }, "chunk_size 134217728");
+    fails(CreateParams { storage_grow_unit: 100_000, ..compact(MIB) }, "storage_grow_unit 100000");
+    fails(CreateParams { block_size: 1 << 20, ..over(compact(MIB), "raw") }, "block_size 1048576");
+    fails(CreateParams { virtual_size: Some(1 << 48), ..compact(0) }, "4294967296 chunks");
+}
