@@ -62,7 +62,8 @@ impl<H: Host> Queue<H> {
                 let payload = self.read_commit(&header, extent).await?;
                 image.replay_reach(&payload)?;
             }
-            let (reach, length) = (image.meta().reach, self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64);
+            let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+            let reach = image.meta().reach;
             if length < reach {
                 return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the journal says {reach} may be in use"));
             }

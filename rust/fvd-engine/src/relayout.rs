@@ -135,8 +135,12 @@ impl<H: Host> Queue<H> {
         // Before commits are kept away: new storage needs one.
         let chunks = self.chunks_for_regions(&changed(image.header())).await?;
         let result = self.rebuild_held(fill, data_end, chunks, changed).await;
-        if let (Err(_), Some((start, end))) = (&result, chunks) {
-            image.give_back_chunks(start, end);
+        // What the regions did not take: everything, if it failed.
+        if let Some((start, end)) = chunks {
+            let taken = chunks_of_regions(&image.header());
+            for chunk in (start..end).filter(|chunk| !taken.iter().any(|(a, b)| (*a..*b).contains(chunk))) {
+                image.give_back_chunks(chunk, chunk + 1);
+            }
         }
         let (old, mapped) = result?;
         if image.header().is_compact() {
@@ -198,7 +202,9 @@ impl<H: Host> Queue<H> {
             return Ok(None);
         }
         let bytes: u64 = regions.iter().map(|(_, length, _)| ceil(*length, REGION_ALIGNMENT)).sum();
-        let count = bytes.div_ceil(u64::from(old.chunk_size));
+        // Chunks may be smaller than what regions are aligned to.
+        let slack = REGION_ALIGNMENT.saturating_sub(u64::from(old.chunk_size));
+        let count = (bytes + slack).div_ceil(u64::from(old.chunk_size));
         let start = self.allocate_whole(count).await?;
         Ok(Some((start, start + count)))
     }
@@ -332,7 +338,7 @@ fn place_anew(old: &Header, new: &mut Header, data_end: u64, chunks: Option<(u64
     let fits = old.region(RegionKind::Journal).is_none() && fit_places(new);
     if !fits {
         let mut space = FreeSpace::of(old, data_end);
-        let mut in_chunks = chunks.map(|(start, _)| old.chunk_offset(start));
+        let mut in_chunks = chunks.map(|(start, _)| ceil(old.chunk_offset(start), REGION_ALIGNMENT));
         for (kind, length, map_first) in regions_anew(new) {
             let offset = match &mut in_chunks {
                 Some(at) => std::mem::replace(at, ceil(*at + length, REGION_ALIGNMENT)),

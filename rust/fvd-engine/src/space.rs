@@ -290,9 +290,11 @@ impl<H: Host> Queue<H> {
         }
         let (from, to) = (header.chunk_offset(start), header.chunk_offset(end));
         let mut fresh = limits.grows_zeroed;
-        if from < length && (limits.cheap_zeroing || limits.grows_zeroed) && !faulty!(image, StepNotZeroed) {
+        if from < length && (limits.cheap_zeroing || limits.grows_zeroed) {
             // Whatever lies behind the reach is not ours, or was never recorded.
-            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, from, length.min(to) - from)).await?;
+            if !faulty!(image, StepNotZeroed) {
+                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, from, length.min(to) - from)).await?;
+            }
             fresh = true;
         }
         if length < to {

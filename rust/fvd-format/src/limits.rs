@@ -14,7 +14,7 @@ pub const BLOCK_SIZE_MAX: u32 = 2 << 20;
 /// Largest bitmap that the default block size aims at: bytes.
 pub const BITMAP_DEFAULT_MAX: u64 = 2 << 20;
 /// Smallest chunk (allocation unit): bytes.
-pub const CHUNK_SIZE_MIN: u32 = 64 << 10;
+pub const CHUNK_SIZE_MIN: u32 = if cfg!(feature = "small-chunks") { 4 << 10 } else { 64 << 10 };
 /// Largest chunk: bytes.
 pub const CHUNK_SIZE_MAX: u32 = 64 << 20;
 /// Default chunk: bytes.

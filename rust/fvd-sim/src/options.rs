@@ -132,7 +132,8 @@ impl Options {
         let p = &mut prng;
         let cell = p.pick(&[512, 512, 512, 512, 64, 128]);
         let block_size = p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]);
-        let chunk_size = if p.chance(55) { p.pick(&[64 << 10, 64 << 10, 64 << 10, 128 << 10]) } else { 0 };
+        let chunk_size = if p.chance(55) { p.pick(&[4 << 10, 4 << 10, 8 << 10, 16 << 10, 64 << 10, 128 << 10]) } else { 0 };
+        let block_size = if chunk_size > 0 { block_size.min(chunk_size) } else { block_size };
         let block = u64::from(if block_size == 0 { 4096 } else { block_size });
         let (cells, starts, window) = if chunk_size > 0 && p.chance(70) { chunks(p, cell, u64::from(chunk_size)) } else { disk(p, cell, block) };
         let bytes = cells * cell;
@@ -169,7 +170,7 @@ impl Options {
             block_size,
             chunk_size,
             step_chunks: p.pick(&[1, 1, 2, 4, 20]),
-            fixed_room: p.pick(&[256 << 10, 1 << 20, 8 << 20]),
+            fixed_room: p.pick(&[128 << 10, 256 << 10, 1 << 20, 8 << 20]),
             journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
             holes: base == BaseIs::Known && p.chance(30),
             preallocate: p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
@@ -221,8 +222,8 @@ fn disk(p: &mut Prng, cell: u64, block: u64) -> (u64, Vec<u64>, u64) {
 
 /// The same for a disk of a few chunks, all of them in use; the last one is often partial.
 fn chunks(p: &mut Prng, cell: u64, chunk: u64) -> (u64, Vec<u64>, u64) {
-    let count = p.between(1, 6);
-    let sectors = count * chunk / 512 - p.pick(&[0, 0, 1, 7, 33]);
+    let count = p.between(1, 6) * (32768 / chunk).max(1);
+    let sectors = (count * chunk / 512).saturating_sub(p.pick(&[0, 0, 1, 7, 33])).max(1);
     let cells = sectors * (512 / cell);
     let cells = if cell < 512 { cells.min(1200).next_multiple_of(512 / cell) } else { cells };
     (cells, vec![0], cells)

@@ -18,7 +18,7 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
         }
     };
     println!("alphabet of {} operations, up to {depth} of them: {} sequences in each of {} variants", ALPHABET.len(), sequences(depth), VARIANTS.len());
-    println!("{:<22} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
+    println!("{:<38} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
     let mut fine = true;
     for variant in VARIANTS {
         let begun = Instant::now();
@@ -48,10 +48,11 @@ fn progress(depth: u32, begun: Instant) -> impl Fn(usize) + Sync {
 }
 
 fn print(variant: Variant, summary: &Summary, begun: Instant, fault: Option<Fault>) -> bool {
-    let name = format!("{}, {}-byte host", if variant.synced { "flushes between" } else { "no flushes" }, variant.alignment);
+    let layout = if variant.compact { "compact, " } else { "" };
+    let name = format!("{layout}{}, {}-byte host", if variant.synced { "flushes between" } else { "no flushes" }, variant.alignment);
     let tally = &summary.tally;
     println!(
-        "{name:<22} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10.1}",
+        "{name:<38} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10.1}",
         tally.sequences,
         tally.cuts,
         tally.files,

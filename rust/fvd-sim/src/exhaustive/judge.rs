@@ -14,7 +14,7 @@ use crate::content::{self, BASE, FIRST_WRITE, SECTOR, ZERO};
 use crate::memory::Buf;
 use crate::store::{PAGE, Store};
 use crate::world::World;
-use fvd_engine::host::FileId;
+use fvd_engine::host::{FileId, OpKind};
 use fvd_engine::{Reply, Request};
 use fvd_format::header::HEADER_OFFSETS;
 use fvd_format::{Header, PageZero};
@@ -25,6 +25,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Number of a cell's content: its bit in a mask of what is allowed.
 type Code = u8;
+/// Whether these file bytes are metadata, where a cut may destroy whole pages. Regions that no header
+/// names yet count as data.
+pub fn is_metadata(header: &Header, at: u64, len: u64) -> bool {
+    let beyond = !header.is_compact() && at >= header.flat_data_end();
+    at + len <= header.data_offset || beyond || header.regions.iter().flatten().any(|r| r.offset <= at && at + len <= r.end())
+}
+
 /// Content that nobody wrote.
 const NOISE: Code = 255;
 const SHARDS: u64 = 64;
@@ -203,9 +210,10 @@ impl<'a> Judge<'a> {
         let setup = self.stage.setup(file.store.clone(), header.base_name == "long", false);
         let world = World::new(setup, Checker::new(Mode::Damaged, None));
         world.submit(0, Request::Open, 0);
-        let data = (header.data_offset, header.data_offset + header.virtual_size);
         let outcome = loop {
-            let touches = |(_, file, offset, len): &(_, FileId, u64, u64)| *file == FileId::Image && *offset < data.1 && data.0 < offset + len;
+            let touches = |(kind, file, offset, len): &(OpKind, FileId, u64, u64)| {
+                *file == FileId::Image && *len > 0 && *kind != OpKind::Truncate && !is_metadata(header, *offset, *len)
+            };
             if let Some(op) = world.under_way().iter().find(|op| touches(op)) {
                 return Err(format!("recovery touches guest data: {op:?}"));
             }
@@ -227,8 +235,9 @@ impl<'a> Judge<'a> {
     /// Cuts the recovery of a file at each of its operations: what is left must show the same.
     fn cut_recovery(&self, file: &Hashed, shown: &Shown) -> Verdict<()> {
         let header = header_of(&file.store)?;
-        let data = (header.data_offset, header.data_offset + header.virtual_size);
-        let metadata = file.hash_without(data.0, data.1);
+        let moved = header.is_compact() && header.regions_end() > header.data_offset;
+        let end = if header.is_compact() { u64::MAX } else { header.flat_data_end() };
+        let metadata = if moved { file.hash } else { file.hash_without(header.data_offset, end) };
         if !lock(&self.known.recovered).insert(metadata) {
             return Ok(());
         }
@@ -247,7 +256,7 @@ impl<'a> Judge<'a> {
             before = Some(state);
             let changes: Vec<_> = disk.unflushed().iter().cloned().chain(under_way).collect();
             let stable = Hashed::new(disk.stable.clone());
-            Cut::new(&changes, |at, len| at + len <= data.0 || at >= data.1).each(&stable, &mut |file, _| {
+            Cut::new(&changes, |at, len| is_metadata(&header, at, len)).each(&stable, &mut |file, _| {
                 if seen.insert(file.hash) {
                     left.insert(file.hash, file.clone());
                 }

@@ -38,11 +38,18 @@ pub struct Variant {
     pub synced: bool,
     /// The host's request alignment: 512 or 4096 bytes.
     pub alignment: u32,
+    /// The image is compact, of four chunks of a block each.
+    pub compact: bool,
 }
 
 /// All variants.
-pub const VARIANTS: [Variant; 3] =
-    [Variant { synced: false, alignment: 512 }, Variant { synced: true, alignment: 512 }, Variant { synced: false, alignment: 4096 }];
+pub const VARIANTS: [Variant; 5] = [
+    Variant { synced: false, alignment: 512, compact: false },
+    Variant { synced: true, alignment: 512, compact: false },
+    Variant { synced: false, alignment: 4096, compact: false },
+    Variant { synced: false, alignment: 512, compact: true },
+    Variant { synced: true, alignment: 4096, compact: true },
+];
 
 impl Stage {
     /// Makes the image: always the same.
@@ -55,6 +62,9 @@ impl Stage {
             journal_size: 1 << 20,
             base_name: "short".into(),
             base_format: "raw".into(),
+            compact: variant.compact,
+            chunk_size: if variant.compact { 4096 } else { 0 },
+            storage_grow_unit: if variant.compact { 8192 } else { 0 },
             ..CreateParams::default()
         };
         let outcome = world.request(0, Request::Create(Box::new(params))).expect("creation ends");

@@ -3,7 +3,7 @@
 //! belong to shorter sequences.
 
 use super::alphabet::{ALPHABET, DISK, Do, SHORT};
-use super::judge::{Allowed, Judge, code};
+use super::judge::{Allowed, Judge, code, is_metadata};
 use super::tear::{Cut, Hashed};
 use super::{Stage, Tally};
 use crate::checker::{Checker, Mode, Model};
@@ -19,6 +19,7 @@ use crate::store::Store;
 use crate::world::{RequestId, World};
 use fvd_engine::Request;
 use fvd_engine::host::FileId;
+use fvd_format::Header;
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -282,12 +283,12 @@ impl<'a> Player<'a> {
         let (_, stable) = self.stable.as_ref().expect("just made");
         let changes: Vec<_> = disk.unflushed().iter().cloned().chain(under_way).collect();
         let image = world.image().info().ok();
-        let cells = point.allowed.sizes[1].max(point.allowed.sizes[0]);
-        let data = image.map_or((0, u64::MAX), |info| (info.header.data_offset, info.header.data_offset + cells * 512));
+        let header = image.map(|info| Header { virtual_size: point.allowed.sizes.into_iter().max().expect("two sizes") * 512, ..info.header });
+        let metadata = |at, len| header.as_ref().is_some_and(|header| is_metadata(header, at, len));
         let (judge, allowed, tally) = (self.judge, &point.allowed, &mut self.tally);
         tally.most = tally.most.max(changes.len() as u64);
         tally.sampled += u64::from(changes.len() > super::tear::ALL);
-        let mut verdict = Cut::new(&changes, |at, len| at + len <= data.0 || at >= data.1).each(stable, &mut |file, kept| {
+        let mut verdict = Cut::new(&changes, metadata).each(stable, &mut |file, kept| {
             tally.files += 1;
             judge.judge(file, allowed).map_err(|text| format!("cut {}, of {} changes {kept} survive: {text}", tally.cuts, changes.len()))
         });

@@ -33,6 +33,8 @@ pub struct Variant {
     granule: u32,
     /// The storage neither grows nor reads as zero.
     fixed: bool,
+    /// Chunk of a compact image: bytes; 0: flat.
+    chunk: u32,
     /// In how many of 100 cases an operation ends before `submit` returns.
     inline_percent: u64,
     /// How long operations take, at most: nanoseconds. With a time of their own they overlap.
@@ -40,12 +42,15 @@ pub struct Variant {
 }
 
 /// The hosts.
-pub const VARIANTS: [Variant; 5] = [
-    Variant { name: "512-growing", align: 512, granule: 4096, fixed: false, inline_percent: 0, spread: 0 },
-    Variant { name: "4096-growing", align: 4096, granule: 65536, fixed: false, inline_percent: 0, spread: 0 },
-    Variant { name: "512-fixed", align: 512, granule: 65536, fixed: true, inline_percent: 100, spread: 0 },
-    Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, inline_percent: 0, spread: 0 },
-    Variant { name: "512-slow", align: 512, granule: 4096, fixed: false, inline_percent: 0, spread: 200 * US },
+pub const VARIANTS: [Variant; 8] = [
+    Variant { name: "512-growing", align: 512, granule: 4096, fixed: false, chunk: 0, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-growing", align: 4096, granule: 65536, fixed: false, chunk: 0, inline_percent: 0, spread: 0 },
+    Variant { name: "512-fixed", align: 512, granule: 65536, fixed: true, chunk: 0, inline_percent: 100, spread: 0 },
+    Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, chunk: 0, inline_percent: 0, spread: 0 },
+    Variant { name: "512-slow", align: 512, granule: 4096, fixed: false, chunk: 0, inline_percent: 0, spread: 200 * US },
+    Variant { name: "512-compact", align: 512, granule: 4096, fixed: false, chunk: 8192, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-compact-fixed", align: 4096, granule: 16384, fixed: true, chunk: 4096, inline_percent: 0, spread: 0 },
+    Variant { name: "512-compact-slow", align: 512, granule: 4096, fixed: false, chunk: 16384, inline_percent: 0, spread: 200 * US },
 ];
 
 /// Cells of the disk, which ends within a block; blocks are 8 cells.
@@ -194,6 +199,9 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         base,
         base_bytes: BASE_SECTORS.map(|sectors| sectors * 512),
         block_size: 4096,
+        chunk_size: variant.chunk,
+        step_chunks: 3,
+        fixed_room: 4 << 20,
         // The regions end where the data begins, so that new ones are in the way of growth.
         journal_size: 1664 << 10,
         holes: base == BaseIs::Known,
@@ -219,7 +227,7 @@ pub fn model(run: &Run, header: &Header) -> Model {
     let (covered, length) = (if header.pristine { u64::MAX } else { header.covered }, if unknown { u64::MAX } else { header.base_length });
     let tag = |index| match geometry.cell_at(index) * options.cell {
         at if at < covered.min(length) => BASE,
-        at if at >= covered && !options.limits[0].grows_zeroed && !options.preallocate => GARBAGE,
+        at if at >= covered && !options.limits[0].grows_zeroed && !options.preallocate && options.chunk_size == 0 => GARBAGE,
         _ => ZERO,
     };
     let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
