@@ -392,25 +392,75 @@ static int64_t fvd_measure_chunks(BlockDriverState *in_bs, bool has_base,
     return bytes;
 }
 
-/* Has the library create an image nowhere, and looks what it became */
+static void fvd_measure_done(FVDEngine *e)
+{
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !fvd_queue_destroy(QLIST_FIRST(&e->queues)));
+    fvd_engine_destroy(e);
+}
+
+/*
+ * Has the library create an image nowhere.  Returns the length of the file, and
+ * in @info what a look into the image would say.
+ */
+static int64_t fvd_measure_image(const struct fvd_create *params,
+                                 struct fvd_info *info, Error **errp)
+{
+    struct fvd_limits limits = {
+        .struct_size = sizeof(limits),
+        .flags = FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING,
+    };
+    FVDOptions options = {};
+    g_autofree uint8_t *head = NULL;
+    FVDEngine *e;
+    FVDWait w = {};
+    int64_t length;
+    int ret;
+
+    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
+    if (!e) {
+        return -EINVAL;
+    }
+    e->measuring = g_malloc0(FVD_MEASURE_HEAD);
+    fvd_submit_create(fvd_queue(e), params, fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    ret = fvd_wait_result(&w, errp);
+    length = e->measured_end;
+    head = g_steal_pointer(&e->measuring);
+    fvd_measure_done(e);
+    if (ret < 0) {
+        return ret;
+    }
+
+    e = fvd_engine_new(NULL, &options, &limits,
+                       FVD_OPEN_RDONLY | FVD_OPEN_NO_IO, errp);
+    if (!e) {
+        return -EINVAL;
+    }
+    e->measuring = g_steal_pointer(&head);
+    e->measured_end = length;
+    w = (FVDWait) {};
+    fvd_submit_open(fvd_queue(e), fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    ret = fvd_wait_result(&w, errp);
+    if (ret == 0 && fvd_image_info(e->image, info) < 0) {
+        error_setg(errp, "%s", fvd_error());
+        ret = -EIO;
+    }
+    fvd_measure_done(e);
+    return ret < 0 ? ret : length;
+}
+
 BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
                               Error **errp)
 {
     g_autofree char *backing_file = NULL;
     g_autofree char *prealloc = NULL;
-    struct fvd_limits limits = {
-        .struct_size = sizeof(limits),
-        .flags = FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING,
-    };
     struct fvd_create params = { .struct_size = sizeof(params) };
     struct fvd_info image = { .struct_size = sizeof(image) };
     bool compact = qemu_opt_get_bool_del(opts, FVD_OPT_COMPACT_IMAGE, false);
-    FVDOptions options = {};
     BlockMeasureInfo *info = NULL;
-    FVDEngine *e;
-    FVDWait w = {};
     uint64_t cluster_size, block_size, chunk_size;
-    int64_t size, used, most;
+    int64_t size, length, used, most;
 
     if (in_bs) {
         size = bdrv_getlength(in_bs);
@@ -443,46 +493,27 @@ BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
         params.base_format = "raw"; /* as good as any other here */
     }
 
-    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
-    if (!e) {
+    length = fvd_measure_image(&params, &image, errp);
+    if (length < 0) {
         return NULL;
     }
-    e->measuring = g_malloc0(FVD_MEASURE_HEAD);
-    fvd_submit_create(fvd_queue(e), &params, fvd_done, &w);
-    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
-    if (fvd_wait_result(&w, errp) < 0) {
-        goto out;
-    }
     /* A flat image is as long from the start as it can get */
-    used = most = e->measured_end;
+    used = most = length;
 
     if (compact && !params.preallocation) {
-        w = (FVDWait) {};
-        fvd_submit_open(fvd_queue(e), fvd_done, &w);
-        AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
-        if (fvd_wait_result(&w, errp) < 0) {
-            goto out;
-        }
-        if (fvd_image_info(e->image, &image) < 0) {
-            error_setg(errp, "%s", fvd_error());
-            goto out;
-        }
+        /* The file grows by whole steps */
         used = fvd_measure_chunks(in_bs, backing_file, size, image.chunk_size,
                                   errp);
         if (used < 0) {
-            goto out;
+            return NULL;
         }
-        /* The file grows by whole steps */
-        most += QEMU_ALIGN_UP(image.chunks * image.chunk_size,
-                              image.storage_grow_unit);
-        used = e->measured_end + QEMU_ALIGN_UP(used, image.storage_grow_unit);
+        used = length + QEMU_ALIGN_UP(used, image.storage_grow_unit);
+        most = length + QEMU_ALIGN_UP(image.chunks * image.chunk_size,
+                                      image.storage_grow_unit);
     }
 
     info = g_new0(BlockMeasureInfo, 1);
     info->required = used;
     info->fully_allocated = most;
-out:
-    AIO_WAIT_WHILE_UNLOCKED(NULL, !fvd_queue_destroy(QLIST_FIRST(&e->queues)));
-    fvd_engine_destroy(e);
     return info;
 }

@@ -21,7 +21,7 @@
 #define FVD_OPT_CHUNK_SIZE          "chunk_size"
 #define FVD_OPT_STORAGE_GROW_UNIT   "storage_grow_unit"
 
-/* An image to be measured is kept up to here, which is all that opening needs */
+/* An image to be measured is kept up to here: what opening without I/O reads */
 #define FVD_MEASURE_HEAD            (256 * KiB)
 
 typedef struct FVDEngine FVDEngine;
