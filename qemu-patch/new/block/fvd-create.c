@@ -288,9 +288,9 @@ fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
     Visitor *v;
     int ret = -EINVAL;
 
+    unit_name = fvd_cluster_alias(opts);
     qdict = qemu_opts_to_qdict_filtered(opts, NULL, &fvd_create_opts, true);
 
-    unit_name = fvd_cluster_alias(opts);
     unit = qdict_get_try_str(qdict, unit_name);
     alias = qdict_get_try_str(qdict, BLOCK_OPT_CLUSTER_SIZE);
     if (alias && unit && strcmp(alias, unit)) {
