@@ -454,11 +454,13 @@ BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
                               Error **errp)
 {
     g_autofree char *backing_file = NULL;
-    g_autofree char *prealloc = NULL;
+    g_autofree char *preallocation = NULL;
     struct fvd_create params = { .struct_size = sizeof(params) };
     struct fvd_info image = { .struct_size = sizeof(image) };
     bool compact = qemu_opt_get_bool_del(opts, FVD_OPT_COMPACT_IMAGE, false);
     BlockMeasureInfo *info = NULL;
+    Error *local_err = NULL;
+    PreallocMode prealloc;
     uint64_t cluster_size, block_size, chunk_size;
     int64_t size, length, used, most;
 
@@ -483,8 +485,14 @@ BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
         qemu_opt_get_size_del(opts, FVD_OPT_STORAGE_GROW_UNIT, 0);
     params.journal_size = qemu_opt_get_size_del(opts, FVD_OPT_JOURNAL_SIZE, 0);
     params.flags = compact ? FVD_CREATE_COMPACT : 0;
-    prealloc = qemu_opt_get_del(opts, BLOCK_OPT_PREALLOC);
-    if (prealloc && strcmp(prealloc, "off")) {
+    preallocation = qemu_opt_get_del(opts, BLOCK_OPT_PREALLOC);
+    prealloc = qapi_enum_parse(&PreallocMode_lookup, preallocation,
+                               PREALLOC_MODE_OFF, &local_err);
+    if (local_err) {
+        error_propagate(errp, local_err);
+        return NULL;
+    }
+    if (prealloc != PREALLOC_MODE_OFF) {
         params.preallocation = FVD_PREALLOC_METADATA; /* the same length */
     }
     backing_file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
