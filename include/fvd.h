@@ -126,7 +126,7 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_PREALLOC_OFF 0
 
 /**
- * Metadata for the whole disk.
+ * Compact: every chunk has its place. Otherwise as FVD_PREALLOC_OFF.
  */
 #define FVD_PREALLOC_METADATA 1
 
@@ -139,6 +139,11 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
  * Zeroes written to the whole disk.
  */
 #define FVD_PREALLOC_FULL 3
+
+/**
+ * fvd_create: storage is allocated a chunk at a time, by a lookup table.
+ */
+#define FVD_CREATE_COMPACT 1
 
 /**
  * In a file of this image.
@@ -244,6 +249,20 @@ struct fvd_create {
      * Format of the base; mandatory with base_name.
      */
     const char *base_format;
+    /**
+     * FVD_CREATE_*
+     */
+    uint32_t flags;
+    /**
+     * Compact: allocation unit in bytes, a power of two, 64 KiB to 64 MiB;
+     * 0: 1 MiB, or more where the disk would have more than 2^31 chunks.
+     */
+    uint32_t chunk_size;
+    /**
+     * Compact: the file grows in steps of so many bytes, a multiple of the
+     * chunk size; 0: 64 MiB.
+     */
+    uint64_t storage_grow_unit;
 };
 
 /**
@@ -560,6 +579,19 @@ struct fvd_info {
      * Format of the base.
      */
     char base_format[32];
+    /**
+     * Compact: the file grows in steps of so many bytes.
+     */
+    uint64_t storage_grow_unit;
+    /**
+     * Compact: where the storage that chunks may lie in ends in the file, as
+     * the header has it.
+     */
+    uint64_t reach;
+    /**
+     * Compact: chunks of the disk.
+     */
+    uint64_t chunks;
 };
 
 /**
@@ -638,6 +670,19 @@ struct fvd_check {
      * One past the last byte in use.
      */
     uint64_t image_end;
+    /**
+     * Compact: chunks of the disk.
+     */
+    uint64_t chunks_total;
+    /**
+     * Compact: of these, chunks with storage.
+     */
+    uint64_t chunks_allocated;
+    /**
+     * Compact: of these, chunks whose storage does not follow that of the
+     * chunk before.
+     */
+    uint64_t chunks_fragmented;
 };
 
 #ifdef __cplusplus

@@ -3,13 +3,16 @@
 # What run.sh and grow.sh share: where QEMU's own tests are, how one run of
 # them is started, and what it said. Sourced, not run.
 #
-# Environment: BIN_DIR (programs under test, default build/bin), JOBS (2).
+# Environment: BIN_DIR (programs under test, default build/bin), JOBS (2), IMGOPTS (options of every image).
 
 top=$(cd "$here/../.." && pwd)
 bin=${BIN_DIR:-$top/build/bin}
 # Several of the tests count seconds or run two QEMUs: more at once than
 # processors makes them fail for no reason of ours.
 jobs=${JOBS:-2}
+imgopts=${IMGOPTS:-}
+# `check` takes it as an argument only.
+unset IMGOPTS
 
 die() { printf '%s: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
@@ -45,7 +48,7 @@ run_check() {
             cd "$build/tests/qemu-iotests"
             export QEMU_PROG=$bin/qemu-system-x86_64 QEMU_IMG_PROG=$bin/qemu-img QEMU_IO_PROG=$bin/qemu-io
             export QEMU_NBD_PROG=$bin/qemu-nbd QSD_PROG=$bin/qemu-storage-daemon TEST_DIR=$dir
-            timeout "${IOTESTS_TIMEOUT:-900}" ./check "-$format" -j "$jobs" "${all[@]:at:40}"
+            timeout "${IOTESTS_TIMEOUT:-900}" ./check "-$format" ${imgopts:+-o "$imgopts"} -j "$jobs" "${all[@]:at:40}"
         ) >>"$log" 2>&1 </dev/null || true
         rm -rf "$dir"
         at=$((at + 40))

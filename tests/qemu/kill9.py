@@ -301,6 +301,10 @@ images = [
     Image("base64k", DISK, "block_size=64k,journal_size=1M"),
     Image("base2M-longer", DISK + 3 * MIB, "block_size=2M,detect_sparse_hole=on"),
     Image("nobase", 0, "journal_size=1M"),
+    Image("compact", 0, "compact_image=on,chunk_size=64k,storage_grow_unit=256k,journal_size=1M"),
+    Image("compact-base4k", 16 * MIB, "compact_image=on,chunk_size=64k,storage_grow_unit=64k,block_size=4k,journal_size=1M"),
+    Image("compact-base64k", DISK, "compact_image=on,block_size=64k,storage_grow_unit=4M"),
+    Image("compact-metadata", DISK, "compact_image=on,chunk_size=256k,preallocation=metadata,journal_size=1M"),
 ]
 direct = direct_io(suite.dir)
 modes = [("writeback", "threads"), ("writeback", "io_uring")]
@@ -310,7 +314,7 @@ with suite.test("%d kills" % CYCLES):
     total_writes = total_flushes = 0
     for cycle in range(CYCLES):
         image = images[cycle // 2 % len(images)]
-        cache, aio = modes[(cycle // 2 + cycle // 8) % len(modes)]
+        cache, aio = modes[(cycle // 2 + cycle // 2 // len(images)) % len(modes)]
         # Some kills hit the open and the first commit, some the journal's turn.
         seconds = rnd.choice([0.05, 0.2, 0.5, 1.0, 1.5]) * (0.7 + 0.6 * rnd.random())
         target = kill_qemu_io if cycle % 2 else kill_daemon

@@ -9,7 +9,7 @@ and map, sometimes convert and resize.
 A discard is done on the image only: what it covers may read as before or as zero, until it
 is written again. Such bytes are checked for that and then copied to the raw file.
 
-Environment: see common.py; BATCHES (6) for longer runs.
+Environment: see common.py; BATCHES (6) for longer runs; ONLY=text runs the cases whose name has it.
 """
 
 import json
@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from common import KIB, MIB, SECTOR, Failure, Skip, Suite, check, check_clean, direct_io, img, io, run, run_json
 
 BATCHES = int(os.environ.get("BATCHES", "6"))
+ONLY = os.environ.get("ONLY", "")
 suite = Suite("random")
 rnd = suite.random
 
@@ -204,7 +205,8 @@ class Case:
         self.size += by
         self.borders.append(self.size)
         if rnd.randrange(2):
-            img("resize", "-q", "-f", "fvd", self.fvd, "+%d" % by)
+            mode = rnd.choice(["off", "off", "metadata", "falloc", "full"])
+            img("resize", "-q", "-f", "fvd", "--preallocation=" + mode, self.fvd, "+%d" % by)
         else:
             io(self.fvd, "truncate %d" % self.size, "read -q -P 0 %d %d" % (self.size - by, by))
         os.truncate(self.raw, self.size)
@@ -216,8 +218,11 @@ class Case:
         out = suite.path("converted")
         fmt = rnd.choice(["raw", "qcow2", "fvd"])
         extra = rnd.choice([[], ["-S", "0"], ["-n"], ["-W", "-m", "4"]])
+        options = ["-o", "compact_image=on,chunk_size=64k"] if fmt == "fvd" and rnd.randrange(2) else []
         if extra == ["-n"]:
-            img("create", "-q", "-f", fmt, out, str(self.size))
+            img("create", "-q", "-f", fmt, *options, out, str(self.size))
+        else:
+            extra = extra + options
         img("convert", *extra, "-f", "fvd", "-O", fmt, self.fvd, out)
         img("compare", "-q", "-f", fmt, "-F", "raw", out, self.raw)
         if fmt == "fvd":
@@ -227,6 +232,8 @@ class Case:
 
 def run_case(*args, **more):
     name = args[0]
+    if ONLY not in name:
+        return
     with suite.test(name):
         if more.get("cache") == "none" and not direct_io(suite.dir):
             raise Skip("the scratch folder's file system has no O_DIRECT")
@@ -269,4 +276,24 @@ run_case("base-preallocation-full", 4 * MIB, base=5 * MIB, options=["preallocati
 run_case("base-qcow2", 4 * MIB, base=4 * MIB, base_format="qcow2", options=["block_size=64k"], hole="128k")
 run_case("base-fvd", 4 * MIB, base=3 * MIB, base_format="fvd", hole="on")
 run_case("base-odd-holes-default-block", 7 * MIB, base=3 * MIB + 512, hole="1M", cache="none", aio="io_uring")
+# Compact: chunks of many sizes, growth steps of one chunk and of many, all kinds of bases.
+turn = 0
+for chunk in ("64k", "128k", "1M", "2M"):
+    for base in (None, "shorter", "longer"):
+        cache, aio = MODES[turn % len(MODES)]
+        turn += 1
+        size = rnd.choice([4 * MIB, 6 * MIB + SECTOR, 9 * MIB + 8 * KIB])
+        length = {None: None, "shorter": size - rnd.choice([SECTOR, 4096, MIB, 3 * MIB + 1024]),
+                  "longer": size + rnd.choice([SECTOR, 4096, MIB + 1536])}[base]
+        unit = rnd.choice([chunk, "2M", "64M"])
+        options = ["compact_image=on", "chunk_size=" + chunk, "storage_grow_unit=" + unit, "journal_size=1M"]
+        if base:
+            options.append("block_size=" + rnd.choice(["4k", "16k", "64k"]))
+        run_case("compact-%s-base-%s-%s-%s" % (chunk, base, cache, aio), size, base=length, options=options,
+                 hole=rnd.choice([None, "on"]) if base else None, cache=cache, aio=aio)
+for mode in ("metadata", "falloc", "full"):
+    run_case("compact-preallocation-%s" % mode, 4 * MIB, options=["compact_image=on", "preallocation=%s" % mode])
+run_case("compact-base-qcow2", 4 * MIB, base=4 * MIB, base_format="qcow2", hole="128k",
+         options=["compact_image=on", "chunk_size=256k", "block_size=64k"])
+run_case("compact-defaults-base-fvd", 4 * MIB, base=3 * MIB, base_format="fvd", options=["compact_image=on"])
 suite.finish()

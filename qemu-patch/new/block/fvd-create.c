@@ -101,6 +101,11 @@ fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
         return -EINVAL;
     }
 
+    if (o->chunk_size > UINT32_MAX) {
+        error_setg(errp, "chunk-size %" PRIu64 " is too large", o->chunk_size);
+        return -EINVAL;
+    }
+
     bs = bdrv_co_open_blockdev_ref(o->file, errp);
     if (!bs) {
         return -EIO;
@@ -156,6 +161,9 @@ fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
         .detect_sparse_hole = o->detect_sparse_hole,
         .base_name = o->backing_file,
         .base_format = base_format,
+        .flags = o->compact_image ? FVD_CREATE_COMPACT : 0,
+        .chunk_size = o->chunk_size,
+        .storage_grow_unit = o->storage_grow_unit,
     }, fvd_done, &w);
     ret = fvd_co_wait(&w, errp);
     fvd_co_engine_free(e);
@@ -194,7 +202,26 @@ QemuOptsList fvd_create_opts = {
         {
             .name = BLOCK_OPT_CLUSTER_SIZE,
             .type = QEMU_OPT_SIZE,
-            .help = "Another name for block_size"
+            .help = "Another name for chunk_size of a compact image, else for "
+                    "block_size"
+        },
+        {
+            .name = FVD_OPT_COMPACT_IMAGE,
+            .type = QEMU_OPT_BOOL,
+            .help = "Allocate storage when it is written, a chunk at a time "
+                    "(default: off)"
+        },
+        {
+            .name = FVD_OPT_CHUNK_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Allocation unit of a compact image in bytes, a power of "
+                    "two from 64k to 64M (default: 1M)"
+        },
+        {
+            .name = FVD_OPT_STORAGE_GROW_UNIT,
+            .type = QEMU_OPT_SIZE,
+            .help = "Steps by which the file of a compact image grows, in "
+                    "bytes, a multiple of chunk_size (default: 64M)"
         },
         {
             .name = FVD_OPT_JOURNAL_SIZE,
@@ -232,6 +259,13 @@ static bool fvd_parse_hole(const char *text, uint64_t *size, Error **errp)
     return true;
 }
 
+/* What cluster_size is another name for */
+static const char *fvd_cluster_alias(QemuOpts *opts)
+{
+    return qemu_opt_get_bool(opts, FVD_OPT_COMPACT_IMAGE, false)
+           ? FVD_OPT_CHUNK_SIZE : FVD_OPT_BLOCK_SIZE;
+}
+
 int coroutine_fn GRAPH_UNLOCKED
 fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
                    Error **errp)
@@ -242,30 +276,33 @@ fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
         { FVD_OPT_BLOCK_SIZE,           "block-size" },
         { FVD_OPT_JOURNAL_SIZE,         "journal-size" },
         { FVD_OPT_DETECT_SPARSE_HOLE,   "detect-sparse-hole" },
+        { FVD_OPT_COMPACT_IMAGE,        "compact-image" },
+        { FVD_OPT_CHUNK_SIZE,           "chunk-size" },
+        { FVD_OPT_STORAGE_GROW_UNIT,    "storage-grow-unit" },
         { NULL, NULL },
     };
     BlockdevCreateOptions *create_options = NULL;
     BlockDriverState *bs = NULL;
-    const char *block_size, *alias, *hole;
+    const char *unit, *unit_name, *alias, *hole;
     QDict *qdict;
     Visitor *v;
     int ret = -EINVAL;
 
+    unit_name = fvd_cluster_alias(opts);
     qdict = qemu_opts_to_qdict_filtered(opts, NULL, &fvd_create_opts, true);
 
-    block_size = qdict_get_try_str(qdict, FVD_OPT_BLOCK_SIZE);
+    unit = qdict_get_try_str(qdict, unit_name);
     alias = qdict_get_try_str(qdict, BLOCK_OPT_CLUSTER_SIZE);
-    if (alias && block_size && strcmp(alias, block_size)) {
+    if (alias && unit && strcmp(alias, unit)) {
         error_setg(errp, "%s %s and %s %s are the same option with different "
-                   "values", BLOCK_OPT_CLUSTER_SIZE, alias, FVD_OPT_BLOCK_SIZE,
-                   block_size);
+                   "values", BLOCK_OPT_CLUSTER_SIZE, alias, unit_name, unit);
         goto out;
     }
     if (alias) {
         g_autofree char *value = g_strdup(alias);
 
         qdict_del(qdict, BLOCK_OPT_CLUSTER_SIZE);
-        qdict_put_str(qdict, FVD_OPT_BLOCK_SIZE, value);
+        qdict_put_str(qdict, unit_name, value);
     }
     hole = qdict_get_try_str(qdict, FVD_OPT_DETECT_SPARSE_HOLE);
     if (hole) {
@@ -321,22 +358,111 @@ out:
     return ret;
 }
 
-/* Has the library create an image nowhere, and looks how long it got */
-BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
-                              Error **errp)
+/*
+ * Bytes of the chunks that hold data of @in_bs.  With a base it is not known
+ * what of that stays there: then, and without @in_bs, all of them.
+ */
+static int64_t fvd_measure_chunks(BlockDriverState *in_bs, bool has_base,
+                                  int64_t size, int64_t chunk_size,
+                                  Error **errp)
 {
-    g_autofree char *backing_file = NULL;
+    int64_t offset, pnum, counted_to = 0, bytes = 0;
+
+    if (has_base) {
+        return ROUND_UP(size, chunk_size);
+    }
+    for (offset = 0; in_bs && offset < size; offset += pnum) {
+        int ret = bdrv_block_status_above(in_bs, NULL, offset, size - offset,
+                                          &pnum, NULL, NULL);
+
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Unable to get block status");
+            return ret;
+        }
+        if (!pnum) {
+            break; /* the end of an image that is no multiple of 512 long */
+        }
+        if (!(ret & BDRV_BLOCK_ZERO) && (ret & BDRV_BLOCK_ALLOCATED)) {
+            int64_t start = MAX(ROUND_DOWN(offset, chunk_size), counted_to);
+
+            counted_to = ROUND_UP(offset + pnum, chunk_size);
+            bytes += counted_to - start;
+        }
+    }
+    return bytes;
+}
+
+static void fvd_measure_done(FVDEngine *e)
+{
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !fvd_queue_destroy(QLIST_FIRST(&e->queues)));
+    fvd_engine_destroy(e);
+}
+
+/*
+ * Has the library create an image nowhere.  Returns the length of the file, and
+ * in @info what a look into the image would say.
+ */
+static int64_t fvd_measure_image(const struct fvd_create *params,
+                                 struct fvd_info *info, Error **errp)
+{
     struct fvd_limits limits = {
         .struct_size = sizeof(limits),
         .flags = FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING,
     };
-    struct fvd_create params = { .struct_size = sizeof(params) };
     FVDOptions options = {};
-    BlockMeasureInfo *info = NULL;
+    g_autofree uint8_t *head = NULL;
     FVDEngine *e;
     FVDWait w = {};
-    uint64_t block_size;
-    int64_t size;
+    int64_t length;
+    int ret;
+
+    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
+    if (!e) {
+        return -EINVAL;
+    }
+    e->measuring = g_malloc0(FVD_MEASURE_HEAD);
+    fvd_submit_create(fvd_queue(e), params, fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    ret = fvd_wait_result(&w, errp);
+    length = e->measured_end;
+    head = g_steal_pointer(&e->measuring);
+    fvd_measure_done(e);
+    if (ret < 0) {
+        return ret;
+    }
+
+    e = fvd_engine_new(NULL, &options, &limits,
+                       FVD_OPEN_RDONLY | FVD_OPEN_NO_IO, errp);
+    if (!e) {
+        return -EINVAL;
+    }
+    e->measuring = g_steal_pointer(&head);
+    e->measured_end = length;
+    w = (FVDWait) {};
+    fvd_submit_open(fvd_queue(e), fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    ret = fvd_wait_result(&w, errp);
+    if (ret == 0 && fvd_image_info(e->image, info) < 0) {
+        error_setg(errp, "%s", fvd_error());
+        ret = -EIO;
+    }
+    fvd_measure_done(e);
+    return ret < 0 ? ret : length;
+}
+
+BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
+                              Error **errp)
+{
+    g_autofree char *backing_file = NULL;
+    g_autofree char *preallocation = NULL;
+    struct fvd_create params = { .struct_size = sizeof(params) };
+    struct fvd_info image = { .struct_size = sizeof(image) };
+    bool compact = qemu_opt_get_bool_del(opts, FVD_OPT_COMPACT_IMAGE, false);
+    BlockMeasureInfo *info = NULL;
+    Error *local_err = NULL;
+    PreallocMode prealloc;
+    uint64_t cluster_size, block_size, chunk_size;
+    int64_t size, length, used, most;
 
     if (in_bs) {
         size = bdrv_getlength(in_bs);
@@ -348,31 +474,54 @@ BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
         size = qemu_opt_get_size_del(opts, BLOCK_OPT_SIZE, 0);
     }
     params.virtual_size = ROUND_UP(size, BDRV_SECTOR_SIZE);
-    block_size = qemu_opt_get_size_del(opts, BLOCK_OPT_CLUSTER_SIZE, 0);
-    block_size = qemu_opt_get_size_del(opts, FVD_OPT_BLOCK_SIZE, block_size);
+    cluster_size = qemu_opt_get_size_del(opts, BLOCK_OPT_CLUSTER_SIZE, 0);
+    block_size = qemu_opt_get_size_del(opts, FVD_OPT_BLOCK_SIZE,
+                                       compact ? 0 : cluster_size);
+    chunk_size = qemu_opt_get_size_del(opts, FVD_OPT_CHUNK_SIZE,
+                                       compact ? cluster_size : 0);
     params.block_size = MIN(block_size, UINT32_MAX);
+    params.chunk_size = MIN(chunk_size, UINT32_MAX);
+    params.storage_grow_unit =
+        qemu_opt_get_size_del(opts, FVD_OPT_STORAGE_GROW_UNIT, 0);
     params.journal_size = qemu_opt_get_size_del(opts, FVD_OPT_JOURNAL_SIZE, 0);
+    params.flags = compact ? FVD_CREATE_COMPACT : 0;
+    preallocation = qemu_opt_get_del(opts, BLOCK_OPT_PREALLOC);
+    prealloc = qapi_enum_parse(&PreallocMode_lookup, preallocation,
+                               PREALLOC_MODE_OFF, &local_err);
+    if (local_err) {
+        error_propagate(errp, local_err);
+        return NULL;
+    }
+    if (prealloc != PREALLOC_MODE_OFF) {
+        params.preallocation = FVD_PREALLOC_METADATA; /* the same length */
+    }
     backing_file = qemu_opt_get_del(opts, BLOCK_OPT_BACKING_FILE);
     if (backing_file) {
         params.base_name = backing_file;
         params.base_format = "raw"; /* as good as any other here */
     }
 
-    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
-    if (!e) {
+    length = fvd_measure_image(&params, &image, errp);
+    if (length < 0) {
         return NULL;
     }
-    e->measuring = true;
-    fvd_submit_create(fvd_queue(e), &params, fvd_done, &w);
-    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    /* A flat image is as long from the start as it can get */
+    used = most = length;
 
-    if (fvd_wait_result(&w, errp) == 0) {
-        info = g_new0(BlockMeasureInfo, 1);
-        info->required = e->measured_end;
-        /* A flat image is as long from the start as it can get */
-        info->fully_allocated = e->measured_end;
+    if (compact && !params.preallocation) {
+        /* The file grows by whole steps */
+        used = fvd_measure_chunks(in_bs, backing_file, size, image.chunk_size,
+                                  errp);
+        if (used < 0) {
+            return NULL;
+        }
+        used = length + QEMU_ALIGN_UP(used, image.storage_grow_unit);
+        most = length + QEMU_ALIGN_UP(image.chunks * image.chunk_size,
+                                      image.storage_grow_unit);
     }
-    AIO_WAIT_WHILE_UNLOCKED(NULL, !fvd_queue_destroy(QLIST_FIRST(&e->queues)));
-    fvd_engine_destroy(e);
+
+    info = g_new0(BlockMeasureInfo, 1);
+    info->required = used;
+    info->fully_allocated = most;
     return info;
 }

@@ -104,6 +104,26 @@ static int64_t fvd_status_result(int ret, int64_t pnum, uint64_t len)
     return MIN(pnum, len) | (ret & BDRV_BLOCK_ZERO ? 0 : FVD_STATUS_DATA);
 }
 
+/*
+ * A device may have grown, and QEMU does not look by itself: asked when space
+ * runs out, so that a guest that was stopped for it goes on afterwards.
+ */
+static int64_t coroutine_fn GRAPH_RDLOCK fvd_co_file_length(BdrvChild *child)
+{
+    BlockDriverState *bs = child->bs;
+    BdrvChild *below = bdrv_primary_child(bs);
+    int64_t ret;
+
+    if (below) {
+        ret = fvd_co_file_length(below);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    ret = bdrv_co_refresh_total_sectors(bs, bs->total_sectors);
+    return ret < 0 ? ret : bdrv_co_getlength(bs);
+}
+
 /* A host operation of an open node */
 static int64_t coroutine_fn GRAPH_RDLOCK
 fvd_co_node_op(BlockDriverState *bs, const FVDOp *op, QEMUIOVector *qiov)
@@ -145,7 +165,8 @@ fvd_co_node_op(BlockDriverState *bs, const FVDOp *op, QEMUIOVector *qiov)
         return bdrv_co_truncate(child, op->offset, false, PREALLOC_MODE_OFF, 0,
                                 NULL);
     case FVD_OP_GET_LENGTH:
-        return bdrv_co_getlength(child->bs);
+        return op->file == FVD_FILE_BASE ? bdrv_co_getlength(child->bs)
+                                         : fvd_co_file_length(child);
     case FVD_OP_BASE_STATUS:
         ret = bdrv_co_block_status_above(child->bs, NULL, op->offset, op->len,
                                          &pnum, NULL, NULL);
@@ -201,8 +222,17 @@ static int64_t fvd_measure_op(FVDEngine *e, const FVDOp *op)
     switch (op->kind) {
     case FVD_OP_READ:
         iov_memset(op->iov, op->iovcnt, 0, 0, op->len);
+        if (op->offset < FVD_MEASURE_HEAD) {
+            iov_from_buf(op->iov, op->iovcnt, 0, e->measuring + op->offset,
+                         MIN(op->len, FVD_MEASURE_HEAD - op->offset));
+        }
         return 0;
     case FVD_OP_WRITE:
+        if (op->offset < FVD_MEASURE_HEAD) {
+            iov_to_buf(op->iov, op->iovcnt, 0, e->measuring + op->offset,
+                       MIN(op->len, FVD_MEASURE_HEAD - op->offset));
+        }
+        /* fall through */
     case FVD_OP_WRITE_ZEROES:
         e->measured_end = MAX(e->measured_end, op->offset + op->len);
         return 0;
@@ -543,6 +573,7 @@ void fvd_engine_destroy(FVDEngine *e)
     assert(QLIST_EMPTY(&e->queues));
     fvd_image_free(&e->image);
     qemu_mutex_destroy(&e->lock);
+    g_free(e->measuring);
     g_free(e);
 }
 

@@ -10,12 +10,19 @@
 #include "block/block_int.h"
 #include "qapi/qapi-types-block-core.h"
 #include "qemu/queue.h"
+#include "qemu/units.h"
 
 #include <fvd.h>
 
 #define FVD_OPT_BLOCK_SIZE          "block_size"
 #define FVD_OPT_JOURNAL_SIZE        "journal_size"
 #define FVD_OPT_DETECT_SPARSE_HOLE  "detect_sparse_hole"
+#define FVD_OPT_COMPACT_IMAGE       "compact_image"
+#define FVD_OPT_CHUNK_SIZE          "chunk_size"
+#define FVD_OPT_STORAGE_GROW_UNIT   "storage_grow_unit"
+
+/* An image to be measured is kept up to here: what opening without I/O reads */
+#define FVD_MEASURE_HEAD            (256 * KiB)
 
 typedef struct FVDEngine FVDEngine;
 
@@ -40,7 +47,7 @@ struct FVDEngine {
     BlockDriverState *bs;       /* the open node, or NULL and */
     BlockBackend *file;         /* the file of an image to be created, */
     BlockBackend *base;         /* its base, if that can be read, */
-    bool measuring;             /* or nothing is written at all, but counted */
+    uint8_t *measuring;         /* or nothing is written at all, but counted */
     uint64_t measured_end;
 
     struct fvd_image *image;    /* thread-safe */

@@ -750,25 +750,18 @@ static int64_t coroutine_fn fvd_co_getlength(BlockDriverState *bs)
     return qatomic_read_i64(&s->virtual_size);
 }
 
-/* Preallocates guest bytes that are new and read as zero */
-static int coroutine_fn fvd_co_preallocate(FVDEngine *e, int64_t from,
-                                           int64_t to, bool full,
-                                           Error **errp)
+/*
+ * Writes zeroes: all of a range, or a sector in each chunk, which gives the
+ * chunk its place
+ */
+static int coroutine_fn fvd_co_write_out(FVDEngine *e, int64_t from, int64_t to,
+                                         uint32_t sector_in, Error **errp)
 {
-    size_t step = MIN(to - from, 2 * MiB);
+    size_t step = sector_in ? BDRV_SECTOR_SIZE : MIN(to - from, 2 * MiB);
+    void *zeroes = qemu_memalign(qemu_real_host_page_size(), step);
     struct iovec iov;
-    void *zeroes;
     int ret = 0;
 
-    if (!full) {
-        FVDWait w = {};
-
-        fvd_submit_write_zeroes(fvd_queue(e), from, to - from, 0, fvd_done,
-                                &w);
-        return fvd_co_wait(&w, errp);
-    }
-
-    zeroes = qemu_memalign(qemu_real_host_page_size(), step);
     memset(zeroes, 0, step);
     while (from < to && ret == 0) {
         FVDWait w = {};
@@ -776,10 +769,35 @@ static int coroutine_fn fvd_co_preallocate(FVDEngine *e, int64_t from,
         iov = (struct iovec) { zeroes, MIN(to - from, step) };
         fvd_submit_write(fvd_queue(e), from, &iov, 1, 0, fvd_done, &w);
         ret = fvd_co_wait(&w, errp);
-        from += iov.iov_len;
+        from = sector_in ? ROUND_UP(from + 1, (int64_t)sector_in)
+                         : from + iov.iov_len;
     }
     qemu_vfree(zeroes);
     return ret;
+}
+
+/* Preallocates guest bytes that are new and read as zero */
+static int coroutine_fn fvd_co_preallocate(FVDEngine *e, int64_t from,
+                                           int64_t to, uint32_t chunk_size,
+                                           PreallocMode prealloc, Error **errp)
+{
+    FVDWait w = {};
+    int ret;
+
+    if (prealloc == PREALLOC_MODE_FULL) {
+        return fvd_co_write_out(e, from, to, 0, errp);
+    }
+    if (chunk_size) {
+        ret = fvd_co_write_out(e, from, to, chunk_size, errp);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    if (prealloc == PREALLOC_MODE_METADATA) {
+        return 0;
+    }
+    fvd_submit_write_zeroes(fvd_queue(e), from, to - from, 0, fvd_done, &w);
+    return fvd_co_wait(&w, errp);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -811,10 +829,12 @@ fvd_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     }
     qatomic_set_i64(&s->virtual_size, offset);
 
-    if (offset > old_size && (prealloc == PREALLOC_MODE_FALLOC ||
-                              prealloc == PREALLOC_MODE_FULL)) {
-        ret = fvd_co_preallocate(e, old_size, offset,
-                                 prealloc == PREALLOC_MODE_FULL, errp);
+    if (offset > old_size && prealloc != PREALLOC_MODE_OFF) {
+        struct fvd_info info;
+
+        fvd_get_info(s, &info);
+        ret = fvd_co_preallocate(e, old_size, offset, info.chunk_size, prealloc,
+                                 errp);
     }
     return ret;
 }
@@ -863,6 +883,12 @@ static int GRAPH_RDLOCK fvd_make_empty(BlockDriverState *bs)
     return fvd_wait_result(&w, NULL);
 }
 
+/* What storage is allocated by, or else what is copied from the base */
+static uint32_t fvd_cluster_size(const struct fvd_info *info)
+{
+    return info->chunk_size ?: info->block_size ?: FVD_DEFAULT_CLUSTER_SIZE;
+}
+
 static void fvd_check_finding(void *opaque, const char *text)
 {
     fprintf(stderr, "ERROR %s\n", text);
@@ -892,11 +918,17 @@ fvd_co_check(BlockDriverState *bs, BdrvCheckResult *result, BdrvCheckMode fix)
 
     fvd_get_info(s, &info);
     result->corruptions = MIN(check.corruptions, INT_MAX);
-    result->leaks = MIN(DIV_ROUND_UP(check.leaked, info.block_size ?:
-                                     FVD_DEFAULT_CLUSTER_SIZE), INT_MAX);
+    result->leaks = MIN(DIV_ROUND_UP(check.leaked, fvd_cluster_size(&info)),
+                        INT_MAX);
     result->image_end_offset = check.image_end;
-    result->bfi.total_clusters = check.blocks_total;
-    result->bfi.allocated_clusters = check.blocks_present;
+    if (info.chunk_size) {
+        result->bfi.total_clusters = check.chunks_total;
+        result->bfi.allocated_clusters = check.chunks_allocated;
+        result->bfi.fragmented_clusters = check.chunks_fragmented;
+    } else {
+        result->bfi.total_clusters = check.blocks_total;
+        result->bfi.allocated_clusters = check.blocks_present;
+    }
     return 0;
 }
 
@@ -924,8 +956,18 @@ static void GRAPH_RDLOCK fvd_refresh_limits(BlockDriverState *bs, Error **errp)
                                        BDRV_SECTOR_SIZE);
     }
     bs->bl.max_transfer = MIN_NON_ZERO(bs->bl.max_transfer, FVD_MAX_TRANSFER);
+    /*
+     * Of a compact image, too, not its chunk size: parts of chunks are zeroed
+     * and discarded as well, and a chunk is whole blocks.
+     */
     bs->bl.pwrite_zeroes_alignment = info.block_size;
     bs->bl.pdiscard_alignment = info.block_size;
+}
+
+/* A compact image has no storage for what was never written */
+static bool fvd_reads_zero(const struct fvd_info *info)
+{
+    return info->chunk_size || !(info->flags & FVD_INFO_NON_ZEROING);
 }
 
 static int GRAPH_RDLOCK fvd_has_zero_init(BlockDriverState *bs)
@@ -933,7 +975,7 @@ static int GRAPH_RDLOCK fvd_has_zero_init(BlockDriverState *bs)
     struct fvd_info info;
 
     fvd_get_info(bs->opaque, &info);
-    return !(info.flags & FVD_INFO_NON_ZEROING);
+    return fvd_reads_zero(&info);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -944,7 +986,9 @@ fvd_co_get_info(BlockDriverState *bs, BlockDriverInfo *bdi)
     struct fvd_info info;
 
     fvd_get_info(s, &info);
-    bdi->cluster_size = info.block_size ?: FVD_DEFAULT_CLUSTER_SIZE;
+    bdi->cluster_size = fvd_cluster_size(&info);
+    /* Copy-on-write is by block, whatever the chunks */
+    bdi->subcluster_size = info.block_size ?: FVD_DEFAULT_CLUSTER_SIZE;
     /* Recovered if we write to it ourselves */
     bdi->is_dirty = !(info.flags & FVD_INFO_CLEAN) && !(e && e->writable);
     return 0;
@@ -965,22 +1009,26 @@ fvd_get_specific_info(BlockDriverState *bs, Error **errp)
         .u.fvd.data = g_new(ImageInfoSpecificFvd, 1),
     };
     *spec->u.fvd.data = (ImageInfoSpecificFvd) {
-        .version            = info.version,
-        .uuid               = qemu_uuid_unparse_strdup(&uuid),
-        .clean              = info.flags & FVD_INFO_CLEAN,
-        .zeroed             = !(info.flags & FVD_INFO_NON_ZEROING),
-        .data_offset        = info.data_offset,
-        .journal_size       = info.journal_size,
-        .has_block_size     = info.block_size,
-        .block_size         = info.block_size,
-        .has_base_length    = info.flags & FVD_INFO_HAS_BASE_LENGTH,
-        .base_length        = info.base_length,
-        .has_covered_length = info.block_size,
-        .covered_length     = info.covered,
-        .has_blocks_total   = info.block_size,
-        .blocks_total       = info.blocks,
-        .generation         = info.generation,
-        .epoch              = info.epoch,
+        .version                = info.version,
+        .uuid                   = qemu_uuid_unparse_strdup(&uuid),
+        .clean                  = info.flags & FVD_INFO_CLEAN,
+        .zeroed                 = fvd_reads_zero(&info),
+        .data_offset            = info.data_offset,
+        .journal_size           = info.journal_size,
+        .has_chunk_size         = info.chunk_size,
+        .chunk_size             = info.chunk_size,
+        .has_storage_grow_unit  = info.chunk_size,
+        .storage_grow_unit      = info.storage_grow_unit,
+        .has_block_size         = info.block_size,
+        .block_size             = info.block_size,
+        .has_base_length        = info.flags & FVD_INFO_HAS_BASE_LENGTH,
+        .base_length            = info.base_length,
+        .has_covered_length     = info.block_size,
+        .covered_length         = info.covered,
+        .has_blocks_total       = info.block_size,
+        .blocks_total           = info.blocks,
+        .generation             = info.generation,
+        .epoch                  = info.epoch,
     };
     return spec;
 }

@@ -239,6 +239,9 @@ fn info_of(info: &Info, poisoned: bool) -> fvd_info {
         stat_base_bytes: info.stats.base_bytes,
         base_name: [0; 1024],
         base_format: [0; 32],
+        storage_grow_unit: header.storage_grow_unit,
+        reach: header.reach,
+        chunks: if header.is_compact() { header.chunks() } else { 0 },
     };
     put_string(&mut out.base_name, &header.base_name);
     put_string(&mut out.base_format, &header.base_format);

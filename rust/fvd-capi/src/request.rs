@@ -76,6 +76,9 @@ fn check_of(report: &CheckReport) -> fvd_check {
         blocks_total: report.blocks_total,
         blocks_present: report.blocks_present,
         image_end: report.image_end,
+        chunks_total: report.chunks_total,
+        chunks_allocated: report.chunks_allocated,
+        chunks_fragmented: report.chunks_fragmented,
     }
 }
 
@@ -192,6 +195,7 @@ pub(crate) unsafe fn create_params(params: *const fvd_create) -> Result<CreatePa
         FVD_PREALLOC_FULL => Preallocation::Full,
         other => return Err(Failure::invalid(format!("preallocation is {other}, 0 to 3 are known"))),
     };
+    check_flags(params.flags, FVD_CREATE_COMPACT, "struct fvd_create")?;
     // SAFETY: the caller's promise.
     let (base_name, base_format) = unsafe { (string(params.base_name, "base_name")?, string(params.base_format, "base_format")?) };
     Ok(CreateParams {
@@ -202,6 +206,9 @@ pub(crate) unsafe fn create_params(params: *const fvd_create) -> Result<CreatePa
         base_format,
         detect_sparse_hole: params.detect_sparse_hole,
         preallocation,
+        compact: params.flags & FVD_CREATE_COMPACT != 0,
+        chunk_size: params.chunk_size,
+        storage_grow_unit: params.storage_grow_unit,
     })
 }
 

@@ -49,12 +49,15 @@ const _: () = assert!(FVD_STATUS_DATA == fvd_engine::host::STATUS_DATA);
 
 /// Nothing but the length.
 pub const FVD_PREALLOC_OFF: u32 = 0;
-/// Metadata for the whole disk.
+/// Compact: every chunk has its place. Otherwise as FVD_PREALLOC_OFF.
 pub const FVD_PREALLOC_METADATA: u32 = 1;
 /// Space for the whole disk, without a data transfer where the host can.
 pub const FVD_PREALLOC_FALLOC: u32 = 2;
 /// Zeroes written to the whole disk.
 pub const FVD_PREALLOC_FULL: u32 = 3;
+
+/// fvd_create: storage is allocated a chunk at a time, by a lookup table.
+pub const FVD_CREATE_COMPACT: u32 = 1;
 
 /// In a file of this image.
 pub const FVD_PLACE_DATA: u32 = 0;
@@ -211,6 +214,14 @@ pub struct fvd_create {
     pub base_name: *const c_char,
     /// Format of the base; mandatory with base_name.
     pub base_format: *const c_char,
+    /// FVD_CREATE_*
+    pub flags: u32,
+    /// Compact: allocation unit in bytes, a power of two, 64 KiB to 64 MiB;
+    /// 0: 1 MiB, or more where the disk would have more than 2^31 chunks.
+    pub chunk_size: u32,
+    /// Compact: the file grows in steps of so many bytes, a multiple of the
+    /// chunk size; 0: 64 MiB.
+    pub storage_grow_unit: u64,
 }
 
 /// Where the first len bytes of a range are, all alike.
@@ -245,6 +256,13 @@ pub struct fvd_check {
     pub blocks_present: u64,
     /// One past the last byte in use.
     pub image_end: u64,
+    /// Compact: chunks of the disk.
+    pub chunks_total: u64,
+    /// Compact: of these, chunks with storage.
+    pub chunks_allocated: u64,
+    /// Compact: of these, chunks whose storage does not follow that of the
+    /// chunk before.
+    pub chunks_fragmented: u64,
 }
 
 /// Answer of fvd_lookup.
@@ -323,6 +341,13 @@ pub struct fvd_info {
     pub base_name: [c_char; 1024],
     /// Format of the base.
     pub base_format: [c_char; 32],
+    /// Compact: the file grows in steps of so many bytes.
+    pub storage_grow_unit: u64,
+    /// Compact: where the storage that chunks may lie in ends in the file, as
+    /// the header has it.
+    pub reach: u64,
+    /// Compact: chunks of the disk.
+    pub chunks: u64,
 }
 
 /// How the ready-made file host opens an image.

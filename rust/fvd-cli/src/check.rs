@@ -64,15 +64,21 @@ fn print_text(report: &CheckReport) -> Result<(), Failure> {
     if report.corruptions == 0 && report.leaked == 0 {
         print_line("No errors were found on the image.")?;
     }
+    let percent = |part: u64, whole: u64| if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 };
+    if report.chunks_total > 0 {
+        let (total, allocated) = (report.chunks_total, report.chunks_allocated);
+        let (used, scattered) = (percent(allocated, total), percent(report.chunks_fragmented, allocated));
+        print_line(&format!("{allocated}/{total} chunks = {used:.2}% allocated, {scattered:.2}% fragmented"))?;
+    }
     if report.blocks_total > 0 {
-        let percent = report.blocks_present as f64 * 100.0 / report.blocks_total as f64;
-        print_line(&format!("{}/{} blocks = {percent:.2}% no longer need the base", report.blocks_present, report.blocks_total))?;
+        let present = percent(report.blocks_present, report.blocks_total);
+        print_line(&format!("{}/{} blocks = {present:.2}% no longer need the base", report.blocks_present, report.blocks_total))?;
     }
     print_line(&format!("Image end offset: {}", report.image_end))
 }
 
 fn print_json(path: &Path, report: &CheckReport) -> Result<(), Failure> {
-    let value = json!({
+    let mut value = json!({
         "filename": path.display().to_string(),
         "format": "fvd",
         "check-errors": 0,
@@ -83,6 +89,12 @@ fn print_json(path: &Path, report: &CheckReport) -> Result<(), Failure> {
         "image-end-offset": report.image_end,
         "findings": report.findings,
     });
+    if report.chunks_total > 0 {
+        // The names that qemu-img check has for them.
+        value["total-clusters"] = report.chunks_total.into();
+        value["allocated-clusters"] = report.chunks_allocated.into();
+        value["fragmented-clusters"] = report.chunks_fragmented.into();
+    }
     let text = serde_json::to_string_pretty(&value).expect("a value of ours");
     for line in text.lines() {
         print_line(line)?;

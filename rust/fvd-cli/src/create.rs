@@ -15,7 +15,7 @@ enum Preallocate {
     /// Nothing but the length
     #[default]
     Off,
-    /// As off: a flat image has no data metadata to allocate
+    /// Compact: every chunk gets its place; else as off
     Metadata,
     /// Allocated, without writing where the file system can
     Falloc,
@@ -48,6 +48,15 @@ pub struct Create {
     /// Look for zeroes in the base, in runs of this many bytes or more (on: one block), so that they are never read from it
     #[arg(long, value_name = "on|off|SIZE", value_parser = parse_hole)]
     detect_sparse_hole: Option<u64>,
+    /// Allocate storage when it is written, a chunk at a time, instead of laying the disk out like a raw file
+    #[arg(long)]
+    compact: bool,
+    /// Allocation unit: a power of two from 64K to 64M [default: 1M, or more for a disk of more than 2P]
+    #[arg(long, value_name = "SIZE", value_parser = parse, requires = "compact")]
+    chunk_size: Option<u64>,
+    /// Steps by which the file grows, a multiple of the chunk size [default: 64M]
+    #[arg(long, value_name = "SIZE", value_parser = parse, requires = "compact")]
+    storage_grow_unit: Option<u64>,
     /// How much of the disk's space is allocated now
     #[arg(long, value_enum, default_value_t)]
     preallocation: Preallocate,
@@ -81,6 +90,7 @@ pub fn run(args: &Create) -> Outcome {
         return Err(Failure::new(format!("'{}': a size is needed, as there is no base to take it from", args.file.display())));
     }
     let block_size = args.block_size.unwrap_or(0);
+    let chunk_size = args.chunk_size.unwrap_or(0);
     let params = CreateParams {
         virtual_size: args.size,
         block_size: u32::try_from(block_size).map_err(|_| Failure::new(format!("block size {block_size} is larger than 2M")))?,
@@ -94,6 +104,9 @@ pub fn run(args: &Create) -> Outcome {
             Preallocate::Falloc => Preallocation::Falloc,
             Preallocate::Full => Preallocation::Full,
         },
+        compact: args.compact,
+        chunk_size: u32::try_from(chunk_size).map_err(|_| Failure::new(format!("chunk size {chunk_size} is larger than 64M")))?,
+        storage_grow_unit: args.storage_grow_unit.unwrap_or(0),
     };
     let options = Options { direct: args.direct, ..host_options() };
     let mut printer = Printer::stderr(format!("creating '{}'", args.file.display()), args.progress);
@@ -105,6 +118,9 @@ pub fn run(args: &Create) -> Outcome {
         let mut text = format!("created '{}': {}", args.file.display(), human(info.header.virtual_size));
         if info.header.block_size != 0 {
             text += &format!(" over {} base '{}', in blocks of {}", info.header.base_format, info.header.base_name, human(info.header.block_size.into()));
+        }
+        if info.header.is_compact() {
+            text += &format!(", compact, in chunks of {}", human(info.header.chunk_size.into()));
         }
         crate::info::print_line(&text)?;
     }

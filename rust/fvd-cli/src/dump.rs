@@ -27,7 +27,7 @@ pub struct Dump {
     /// The journal's units and the records in them
     #[arg(long)]
     journal: bool,
-    /// The double-write area, the page map, and the headers of all metadata pages
+    /// The double-write area, the page map, the headers of all metadata pages, and what the lookup table says
     #[arg(long)]
     pages: bool,
 }
@@ -129,7 +129,7 @@ fn headers(image: &Image, uuid: &Uuid, out: &mut Out, print: bool) -> Result<Opt
 
 fn print_header(header: &Header, out: &mut Out) -> Result<(), Failure> {
     let base_length = if header.base_length == BASE_LENGTH_UNKNOWN { "not known".into() } else { header.base_length.to_string() };
-    let fields: [(&str, String); 21] = [
+    let fields: [(&str, String); 22] = [
         ("generation", header.generation.to_string()),
         ("virtual size", header.virtual_size.to_string()),
         ("state", if header.clean { "clean".into() } else { "open".into() }),
@@ -143,6 +143,7 @@ fn print_header(header: &Header, out: &mut Out) -> Result<(), Failure> {
         ("base length", base_length),
         ("block size", header.block_size.to_string()),
         ("chunk size", header.chunk_size.to_string()),
+        ("storage grow unit", header.storage_grow_unit.to_string()),
         ("covered", header.covered.to_string()),
         ("data offset", header.data_offset.to_string()),
         ("reach", header.reach.to_string()),

@@ -114,6 +114,13 @@ fn as_json(path: &Path, header: &Header, allocated: Option<u64>) -> Value {
             "features": features(header),
         }},
     });
+    if header.is_compact() {
+        let data = &mut out["format-specific"]["data"];
+        data["chunk-size"] = header.chunk_size.into();
+        data["storage-grow-unit"] = header.storage_grow_unit.into();
+        data["chunks"] = header.chunks().into();
+        data["reach"] = header.reach.into();
+    }
     if let Some(allocated) = allocated {
         out["actual-size"] = allocated.into();
     }
@@ -144,8 +151,14 @@ fn as_text(path: &Path, header: &Header, allocated: Option<u64>) -> Vec<String> 
         out.push(format!("backing file format: {}", header.base_format));
         out.push(format!("backing file length: {}", known(header.base_length).map_or("not known".into(), with_bytes)));
     }
+    if header.is_compact() {
+        out.push(format!("chunk size: {}", human(header.chunk_size.into())));
+        out.push(format!("grows by: {}", human(header.storage_grow_unit)));
+    }
     if header.block_size != 0 {
         out.push(format!("block size: {}", human(header.block_size.into())));
+    }
+    if journal_size(header) != 0 {
         out.push(format!("journal: {}", human(journal_size(header))));
     }
     out.push(format!("metadata: {}", human(metadata_bytes(header))));

@@ -206,7 +206,7 @@ fn check_tells_sound_from_damaged_by_its_status() {
     flip(&path, offset + 100);
     let ran = dir.fvd(&["check", "disk.fvd"]);
     assert_eq!(ran.status, 2, "{}{}", ran.out, ran.err);
-    assert!(ran.out.contains("bitmap page 0"), "{}", ran.out);
+    assert!(ran.out.contains("page 0 of Bitmap"), "{}", ran.out);
     let ran = dir.fvd(&["check", "--output=json", "disk.fvd"]);
     assert_eq!((ran.status, serde_json::from_str::<Value>(&ran.out).unwrap()["corruptions"].as_u64()), (2, Some(1)));
     // Too short to be opened: damaged as well.
@@ -311,6 +311,65 @@ fn preallocation_allocates() {
     assert!(allocated("off") < 2 * MIB);
     assert!(allocated("falloc") >= 16 * MIB);
     assert!(allocated("full") >= 16 * MIB);
+}
+
+#[test]
+fn compact_images() {
+    let dir = Dir::new();
+    let out = dir.good(&["create", "--compact", "--chunk-size", "64K", "--storage-grow-unit", "256K", "c.fvd", "64M"]);
+    assert!(out.contains("compact, in chunks of 64 KiB"), "{out}");
+    let info = dir.json(&["info", "--output=json", "c.fvd"]);
+    let data = &info["format-specific"]["data"];
+    assert_eq!((&data["chunk-size"], &data["storage-grow-unit"], &data["chunks"]), (&65536.into(), &262_144.into(), &1024.into()));
+    let offset = data["data-offset"].as_u64().unwrap();
+    let text = dir.good(&["info", "c.fvd"]);
+    for line in ["chunk size: 64 KiB", "grows by: 256 KiB", "features: compact"] {
+        assert!(text.contains(line), "'{line}' in: {text}");
+    }
+    let disk = Disk::open(&dir.at("c.fvd"), &Options::default()).unwrap();
+    disk.pwrite(&[7; 4096], 10 * MIB, false).unwrap();
+    disk.pwrite(&[8; 4096], 10 * MIB + 65536, false).unwrap();
+    disk.pwrite(&[9; 4096], 10 * MIB - 65536, false).unwrap();
+    disk.close().unwrap();
+    assert_eq!(std::fs::metadata(dir.at("c.fvd")).unwrap().len(), offset + 262_144, "one growth step");
+    let map = dir.json(&["map", "--output=json", "c.fvd"]);
+    let expect = format!(
+        r#"[{{"start":0,"length":{},"place":"zero"}},
+            {{"start":{},"length":65536,"place":"data","offset":{}}},
+            {{"start":{},"length":131072,"place":"data","offset":{offset}}},
+            {{"start":{},"length":{},"place":"zero"}}]"#,
+        10 * MIB - 65536,
+        10 * MIB - 65536,
+        offset + 131_072,
+        10 * MIB,
+        10 * MIB + 131_072,
+        54 * MIB - 131_072
+    );
+    assert_eq!(map, serde_json::from_str::<Value>(&expect).unwrap());
+    let text = dir.good(&["check", "c.fvd"]);
+    assert!(text.contains("No errors") && text.contains("3/1024 chunks = 0.29% allocated, 33.33% fragmented"), "{text}");
+    let report = dir.json(&["check", "--output=json", "c.fvd"]);
+    assert_eq!((&report["total-clusters"], &report["allocated-clusters"], &report["fragmented-clusters"]), (&1024.into(), &3.into(), &1.into()));
+    let pages = dir.good(&["dump", "--pages", "c.fvd"]);
+    for line in ["Table: 2 pages", "3 chunks", "chunk 159: in storage chunk 2", "chunks 160..=161: in storage chunks 0..=1"] {
+        assert!(pages.contains(line), "'{line}' in: {pages}");
+    }
+    assert!(dir.good(&["dump", "--header", "c.fvd"]).contains("storage grow unit: 262144"));
+}
+
+#[test]
+fn compact_images_have_limits() {
+    let dir = Dir::new();
+    dir.bad(&["create", "c.fvd", "1M", "--chunk-size", "64K"], &["--compact"]);
+    dir.bad(&["create", "c.fvd", "1M", "--storage-grow-unit", "64M"], &["--compact"]);
+    dir.bad(&["create", "--compact", "c.fvd", "1M", "--chunk-size", "32K"], &["chunk_size", "32768"]);
+    dir.bad(&["create", "--compact", "c.fvd", "1M", "--chunk-size", "8G"], &["chunk size", "8589934592"]);
+    dir.bad(&["create", "--compact", "c.fvd", "1M", "--storage-grow-unit", "100K"], &["storage_grow_unit", "102400", "chunk_size"]);
+    assert!(!dir.at("c.fvd").exists(), "nothing is left behind");
+    // Every chunk with its place: the file is as long as it can get.
+    dir.good(&["create", "-q", "--compact", "--preallocation", "metadata", "m.fvd", "16M"]);
+    let text = dir.good(&["check", "m.fvd"]);
+    assert!(text.contains("16/16 chunks = 100.00% allocated, 0.00% fragmented"), "{text}");
 }
 
 #[test]

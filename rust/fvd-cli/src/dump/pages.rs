@@ -5,7 +5,7 @@ use super::{Image, Out, Runs};
 use crate::{Failure, printable};
 use fvd_format::double_write::Batch;
 use fvd_format::limits::PAGE_SIZE;
-use fvd_format::page::{self, HEADER_SIZE, PAYLOAD_BITS};
+use fvd_format::page::{self, HEADER_SIZE, PAYLOAD_BITS, PAYLOAD_ENTRIES};
 use fvd_format::{Header, Region, RegionKind};
 use std::io::Write;
 
@@ -76,6 +76,33 @@ impl Map<'_> {
     }
 }
 
+/// Entries of a page of the lookup table.
+fn entries(page: &[u8]) -> impl Iterator<Item = u32> {
+    page[HEADER_SIZE..].as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes))
+}
+
+/// Chunks of a page of the lookup table, in runs that lie one behind the other.
+fn print_entries(page: &[u8], index: u64, out: &mut Out) -> Result<(), Failure> {
+    const SEALED: u32 = 1 << 31;
+    let mut entries = (index * PAYLOAD_ENTRIES..).zip(entries(page)).peekable();
+    while let Some((guest, entry)) = entries.next() {
+        if entry == 0 {
+            continue;
+        }
+        let mut count = 1u64;
+        while entries.next_if(|(_, next)| u64::from(*next) == u64::from(entry) + count).is_some() {
+            count += 1;
+        }
+        let (first, sealed) = (u64::from(entry & !SEALED), if entry & SEALED == 0 { "" } else { ", sealed" });
+        let name = |first: u64| if count == 1 { format!(" {first}") } else { format!("s {first}..={}", first + count - 1) };
+        match first.checked_sub(1) {
+            Some(id) => writeln!(out, "    chunk{}: in storage chunk{}{sealed}", name(guest), name(id))?,
+            None => writeln!(out, "    chunk{}: BAD: {entry:#x}", name(guest))?,
+        }
+    }
+    Ok(())
+}
+
 fn print_region(image: &Image, header: &Header, kind: RegionKind, region: &Region, map: &mut Map, out: &mut Out) -> Result<(), Failure> {
     writeln!(out, "{kind:?}: {} pages at {}", region.pages(), region.offset)?;
     let mut runs = Runs::new("page");
@@ -100,8 +127,15 @@ fn print_region(image: &Image, header: &Header, kind: RegionKind, region: &Regio
         match page::open(&header.uuid, kind, region.generation, index, &page) {
             Ok(found) => {
                 runs.end(out)?;
-                let ones: u32 = page[HEADER_SIZE..].iter().map(|b| b.count_ones()).sum();
-                writeln!(out, "  page {index}: write count {}, checkpoint {}, {ones} bits set{doubt}", found.write_count, found.checkpoint)?;
+                write!(out, "  page {index}: write count {}, checkpoint {}, ", found.write_count, found.checkpoint)?;
+                if kind == RegionKind::Table {
+                    let used = entries(&page).filter(|entry| *entry != 0).count();
+                    writeln!(out, "{used} chunks{doubt}")?;
+                    print_entries(&page, index, out)?;
+                } else {
+                    let ones: u32 = page[HEADER_SIZE..].iter().map(|b| b.count_ones()).sum();
+                    writeln!(out, "{ones} bits set{doubt}")?;
+                }
             }
             Err(error) => runs.add(index, &format!("BAD: {}{doubt}", error.detail), out)?,
         }

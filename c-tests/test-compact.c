@@ -1,0 +1,327 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/* Compact images: storage a chunk at a time. */
+#include "util.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define CHUNK (64 * KIB)
+#define STEP (256 * KIB)
+#define DISK (4 * MIB - 4 * KIB)
+
+static struct fvd_create params(uint64_t size, const char *base)
+{
+    return (struct fvd_create){ .struct_size = sizeof(struct fvd_create), .virtual_size = size, .block_size = 4096,
+                                .journal_size = MIB, .base_name = base, .base_format = base ? "raw" : NULL,
+                                .flags = FVD_CREATE_COMPACT, .chunk_size = CHUNK, .storage_grow_unit = STEP };
+}
+
+static int64_t create(struct mem_queue *q, const struct fvd_create *p)
+{
+    struct result r = { 0 };
+    fvd_submit_create(q->queue, p, done, &r);
+    return wait_for(q, &r);
+}
+
+/* On a device if device_len is not 0. */
+static void start(struct disk *d, enum mode mode, uint64_t base_len, uint64_t device_len)
+{
+    struct fvd_create p = params(DISK, base_len ? "base.raw" : NULL);
+    memset(d, 0, sizeof(*d));
+    mem_host_init(&d->host, mode);
+    if (base_len) {
+        mem_host_base(&d->host, base_len);
+    }
+    if (device_len) {
+        mem_host_device(&d->host, device_len);
+    }
+    d->image = image_new(&d->host, 0);
+    queue_init(&d->q, &d->host, d->image);
+    CHECK_EQ(create(&d->q, &p), 0);
+    CHECK_EQ(do_open(&d->q), 0);
+}
+
+static struct fvd_info info_of(struct disk *d)
+{
+    struct fvd_info info = { .struct_size = sizeof(info) };
+    CHECK_EQ(fvd_image_info(d->image, &info), 0);
+    return info;
+}
+
+static void check_all(struct disk *d, const uint8_t *want)
+{
+    uint8_t *buf = malloc(DISK);
+    CHECK(buf);
+    CHECK_EQ(do_read(&d->q, buf, DISK, 0), 0);
+    for (uint64_t i = 0; i < DISK; i++) {
+        if (buf[i] != want[i]) {
+            fprintf(stderr, "byte %llu is %u, not %u\n", (unsigned long long)i, buf[i], want[i]);
+            exit(1);
+        }
+    }
+    free(buf);
+}
+
+/* API-68 */
+static void random_writes(enum mode mode, uint64_t base_len, uint64_t device_len)
+{
+    struct disk d;
+    struct fvd_check found = { .struct_size = sizeof(found) };
+    uint32_t seed = 12345 + (uint32_t)mode;
+    uint8_t *want = malloc(DISK), *buf = malloc(200 * KIB);
+    CHECK(want && buf);
+    start(&d, mode, base_len, device_len);
+    for (uint64_t i = 0; i < DISK; i++) {
+        want[i] = i < base_len ? base_byte(i) : 0;
+    }
+    check_all(&d, want);
+    for (int turn = 0; turn < 150; turn++) {
+        seed = seed * 1664525 + 1013904223;
+        uint64_t offset = seed % DISK;
+        seed = seed * 1664525 + 1013904223;
+        uint64_t len = turn % 3 ? seed % 5000 : seed % (200 * KIB);
+        if (len > DISK - offset) {
+            len = DISK - offset;
+        }
+        if (turn % 7 == 6) {
+            CHECK_EQ(do_write_zeroes(&d.q, offset, len, turn % 2 ? FVD_REQ_MAY_UNMAP : 0), 0);
+            memset(want + offset, 0, len);
+        } else {
+            memset(buf, turn + 1, len);
+            CHECK_EQ(do_write(&d.q, buf, len, offset, 0), 0);
+            memset(want + offset, turn + 1, len);
+        }
+        if (turn == 50) {
+            CHECK_EQ(do_flush(&d.q), 0);
+            disk_crash_and_reopen(&d);
+            check_all(&d, want);
+        }
+    }
+    check_all(&d, want);
+    CHECK_EQ(do_flush(&d.q), 0);
+    disk_crash_and_reopen(&d);
+    check_all(&d, want);
+    CHECK_EQ(do_close(&d.q), 0);
+    disk_reopen(&d, 0);
+    CHECK(info_of(&d).flags & FVD_INFO_CLEAN);
+    check_all(&d, want);
+    CHECK_EQ(do_check(&d.q, &found), 0);
+    CHECK_EQ(found.corruptions, 0);
+    CHECK(found.chunks_allocated > 0 && found.chunks_allocated <= found.chunks_total);
+    CHECK(found.chunks_fragmented < found.chunks_allocated);
+    disk_end(&d);
+    free(buf);
+    free(want);
+}
+
+/* API-69 */
+static void figures(enum mode mode)
+{
+    struct disk d;
+    struct fvd_check found = { .struct_size = sizeof(found) };
+    struct fvd_block_status status = { .struct_size = sizeof(status) };
+    start(&d, mode, 0, 0);
+    struct fvd_info info = info_of(&d);
+    CHECK_EQ(info.chunk_size, CHUNK);
+    CHECK_EQ(info.storage_grow_unit, STEP);
+    CHECK_EQ(info.chunks, 64);
+    CHECK_EQ(info.data_offset % CHUNK, 0);
+    CHECK_EQ(info.reach, info.data_offset);
+    /* Before the first write a base may still come. */
+    CHECK_EQ(do_status(&d.q, 0, DISK, &status), 0);
+    CHECK(status.place != FVD_PLACE_DATA);
+    CHECK_EQ(status.len, DISK);
+    CHECK_EQ(do_fill(&d.q, 5, 4096, 10 * CHUNK), 0);
+    CHECK_EQ(do_fill(&d.q, 6, 4096, 3 * CHUNK + 100), 0);
+    CHECK_EQ(do_status(&d.q, 0, DISK, &status), 0);
+    CHECK_EQ(status.place, FVD_PLACE_ZERO);
+    CHECK_EQ(status.len, 3 * CHUNK);
+    CHECK_EQ(do_status(&d.q, 10 * CHUNK, DISK - 10 * CHUNK, &status), 0);
+    CHECK_EQ(status.place, FVD_PLACE_DATA);
+    CHECK_EQ(status.len, CHUNK);
+    CHECK_EQ(status.offset, info.data_offset);
+    CHECK_EQ(d.host.files[0].data[status.offset], 5);
+    CHECK_EQ(do_check(&d.q, &found), 0);
+    CHECK_EQ(found.chunks_total, 64);
+    CHECK_EQ(found.chunks_allocated, 2);
+    CHECK_EQ(found.image_end, info.data_offset + STEP);
+    CHECK_EQ(d.host.files[0].len, info.data_offset + STEP);
+    /* An image that is not compact has none of it. */
+    disk_end(&d);
+    disk_start(&d, mode, MIB, 0);
+    info = info_of(&d);
+    CHECK_EQ(info.chunk_size | info.storage_grow_unit | info.chunks | info.reach, 0);
+    CHECK_EQ(do_check(&d.q, &found), 0);
+    CHECK_EQ(found.chunks_total | found.chunks_allocated | found.chunks_fragmented, 0);
+    disk_end(&d);
+}
+
+/* API-70 */
+static void discards(enum mode mode)
+{
+    struct disk d;
+    struct fvd_block_status status = { .struct_size = sizeof(status) };
+    start(&d, mode, 0, 0);
+    CHECK_EQ(do_fill(&d.q, 7, 8 * CHUNK, 0), 0);
+    uint64_t len = d.host.files[0].len;
+    CHECK_EQ(do_discard(&d.q, 100, 2 * CHUNK), 0);
+    CHECK_EQ(do_status(&d.q, 0, CHUNK, &status), 0);
+    CHECK_EQ(status.place, FVD_PLACE_DATA);
+    check_bytes(&d.q, 7, 100, 0);
+    CHECK_EQ(do_status(&d.q, CHUNK, CHUNK, &status), 0);
+    CHECK_EQ(status.place, FVD_PLACE_ZERO);
+    CHECK_EQ(do_write_zeroes(&d.q, 4 * CHUNK, 2 * CHUNK, FVD_REQ_MAY_UNMAP), 0);
+    mem_host_reset_counts(&d.host);
+    CHECK_EQ(do_flush(&d.q), 0);
+    run(&d.q);
+    CHECK(d.host.ops[DISCARD] > 0);
+    check_bytes(&d.q, 0, CHUNK, CHUNK);
+    check_bytes(&d.q, 0, 2 * CHUNK, 4 * CHUNK);
+    check_bytes(&d.q, 7, 2 * CHUNK, 6 * CHUNK);
+    /* Storage that was freed comes before new storage. */
+    CHECK_EQ(do_fill(&d.q, 8, 3 * CHUNK, 20 * CHUNK), 0);
+    CHECK_EQ(d.host.files[0].len, len);
+    check_bytes(&d.q, 8, 3 * CHUNK, 20 * CHUNK);
+    CHECK_EQ(do_flush(&d.q), 0);
+    disk_crash_and_reopen(&d);
+    check_bytes(&d.q, 0, CHUNK, CHUNK);
+    check_bytes(&d.q, 8, 3 * CHUNK, 20 * CHUNK);
+    disk_end(&d);
+}
+
+/* Old data, more of it. */
+static void enlarge(struct mem_host *host, uint64_t by)
+{
+    struct mem_file *f = &host->files[FVD_FILE_IMAGE];
+    uint64_t len = f->len;
+    struct op op = { .token = 1, .kind = TRUNCATE, .file = FVD_FILE_IMAGE, .offset = len + by };
+    CHECK_EQ(do_op(host, &op), 0);
+    memset(f->data + len, 0xd7, by);
+}
+
+/* API-71 */
+static void full_device(enum mode mode)
+{
+    struct disk d;
+    uint64_t written;
+    start(&d, mode, 0, 4 * MIB);
+    for (written = 0; written < DISK; written += CHUNK) {
+        uint64_t n = DISK - written < CHUNK ? DISK - written : CHUNK;
+        int64_t ret = do_fill(&d.q, (uint8_t)(1 + written / CHUNK), n, written);
+        if (ret < 0) {
+            CHECK_EQ(ret, -ENOSPC);
+            /* Again and again, and nothing else is disturbed. */
+            CHECK_EQ(do_fill(&d.q, 99, 512, written), -ENOSPC);
+            CHECK_EQ(do_flush(&d.q), 0);
+            if (written) {
+                check_bytes(&d.q, (uint8_t)(written / CHUNK), CHUNK, written - CHUNK);
+                CHECK_EQ(do_fill(&d.q, (uint8_t)(written / CHUNK), 512, written - CHUNK), 0);
+            }
+            check_bytes(&d.q, 0, n, written);
+            enlarge(&d.host, CHUNK + 4096);
+            CHECK_EQ(do_fill(&d.q, (uint8_t)(1 + written / CHUNK), n, written), 0);
+        }
+    }
+    CHECK_EQ(do_flush(&d.q), 0);
+    disk_crash_and_reopen(&d);
+    for (written = 0; written < DISK; written += CHUNK) {
+        uint64_t n = DISK - written < CHUNK ? DISK - written : CHUNK;
+        check_bytes(&d.q, (uint8_t)(1 + written / CHUNK), n, written);
+    }
+    disk_end(&d);
+}
+
+static void wrong_parameters(void)
+{
+    struct disk d;
+    disk_start(&d, INLINE, MIB, 0);
+    CHECK_EQ(do_close(&d.q), 0);
+    queue_free(&d.q);
+    fvd_image_free(&d.image);
+    d.image = image_new(&d.host, 0);
+    queue_init(&d.q, &d.host, d.image);
+    for (int i = 0; i < 8; i++) {
+        struct fvd_create p = params(MIB, NULL);
+        switch (i) {
+        case 0: p.flags = 2; break;
+        case 1: p.flags = 0; break;
+        case 2: p.flags = 0; p.chunk_size = 0; break;
+        case 3: p.chunk_size = 32 * KIB; break;
+        case 4: p.chunk_size = 100 * 1000; break;
+        case 5: p.chunk_size = 128 * MIB; break;
+        case 6: p.storage_grow_unit = CHUNK + 4096; break;
+        case 7: p.block_size = 128 * KIB; break;
+        }
+        CHECK_EQ(create(&d.q, &p), -EINVAL);
+    }
+    queue_free(&d.q);
+    fvd_image_free(&d.image);
+    mem_host_free(&d.host);
+}
+
+static void wait_file(struct fvd_file *file, struct result *r)
+{
+    while (!r->calls) {
+        CHECK(fvd_file_process(file, 1000) >= 0);
+    }
+    CHECK_EQ(r->ret, 0);
+}
+
+static uint64_t blocks_of(const char *path)
+{
+    struct stat st;
+    CHECK_EQ(stat(path, &st), 0);
+    return (uint64_t)st.st_blocks * 512;
+}
+
+/* API-70: the file gets smaller, too. */
+static void file_host(void)
+{
+    const char *path = temp_name("compact.fvd");
+    struct fvd_create p = params(64 * MIB, NULL);
+    struct fvd_file *file = NULL;
+    struct result r = { 0 };
+    uint8_t *buf = malloc(16 * MIB), *back = malloc(16 * MIB);
+    CHECK(buf && back);
+    memset(buf, 0x5a, 16 * MIB);
+    CHECK_EQ(fvd_file_create(path, &p, NULL), 0);
+    CHECK_EQ(fvd_file_open(path, NULL, &file), 0);
+    CHECK_EQ(fvd_file_pwrite(file, buf, 16 * MIB, 4 * MIB), 16 * MIB);
+    CHECK_EQ(fvd_file_flush(file), 0);
+    uint64_t full = blocks_of(path);
+    CHECK(full >= 16 * MIB);
+    fvd_submit_discard(fvd_file_queue(file), 4 * MIB, 12 * MIB, done, &r);
+    wait_file(file, &r);
+    CHECK_EQ(fvd_file_close(&file), 0);
+    uint64_t after = blocks_of(path);
+    if (after > full - 11 * MIB) {
+        fprintf(stderr, "%llu of %llu bytes are left: holes cannot be made here?\n", (unsigned long long)after,
+                (unsigned long long)full);
+    }
+    CHECK_EQ(fvd_file_open(path, NULL, &file), 0);
+    CHECK_EQ(fvd_file_pread(file, back, 16 * MIB, 4 * MIB), 16 * MIB);
+    for (uint64_t i = 0; i < 16 * MIB; i++) {
+        CHECK_EQ(back[i], i < 12 * MIB ? 0 : 0x5a);
+    }
+    CHECK_EQ(fvd_file_close(&file), 0);
+    CHECK_EQ(unlink(path), 0);
+    CHECK(after <= full - 11 * MIB);
+    free(buf);
+    free(back);
+}
+
+int main(void)
+{
+    for (enum mode mode = 0; mode < MODES; mode++) {
+        random_writes(mode, 0, 0);
+        random_writes(mode, 3 * MIB + 512, 0);
+        random_writes(mode, 0, 16 * MIB);
+        random_writes(mode, 2 * MIB, 16 * MIB);
+        figures(mode);
+        discards(mode);
+        full_device(mode);
+    }
+    wrong_parameters();
+    file_host();
+    return 0;
+}
