@@ -73,7 +73,9 @@ pub fn image_open(data: &[u8]) {
         return;
     }
     let again = Open::new(world, config(false)).expect("what was closed in good order opens");
-    for (at, bytes) in written {
+    // A table that names a chunk twice gives two guest chunks one content.
+    let sound = matches!(again.request(Request::Check), Ok(Reply::Check(report)) if report.corruptions == 0);
+    for (at, bytes) in written.into_iter().filter(|_| sound || !template.header.is_compact()) {
         if let Ok(found) = again.read(at, bytes.len() as u64) {
             assert_eq!(found, bytes, "byte {at}: what was written and closed");
         }
@@ -111,6 +113,7 @@ fn apply_patches(input: &mut Input<'_>, file: &mut File, header: &Header) {
             4 => (start(RegionKind::PageMap), 1),
             5 => (start(RegionKind::Bitmap), 2),
             6 => (start(RegionKind::DoubleWrite), 4),
+            8 if header.is_compact() => (start(RegionKind::Table), 1),
             7 | 8 => (start(RegionKind::Journal), NEAR),
             9 => {
                 file.resize(input.number() % (1 << 40));
@@ -160,7 +163,7 @@ fn seal(file: &mut File, old: &Header, seals: &Seals) {
     }
     let header = Header::choose(&uuid, &file.page(HEADER_OFFSETS[0]), &file.page(HEADER_OFFSETS[1])).unwrap_or_else(|_| old.clone());
     if seals.has(2) {
-        for kind in [RegionKind::PageMap, RegionKind::Bitmap] {
+        for kind in [RegionKind::PageMap, RegionKind::Bitmap, RegionKind::Table] {
             let Some(region) = header.region(kind) else { continue };
             for index in 0..region.pages().min(NEAR) {
                 let at = region.offset + index * 4096;

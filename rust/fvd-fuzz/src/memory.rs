@@ -313,7 +313,7 @@ pub struct Template {
 }
 
 /// Number of templates.
-pub const TEMPLATES: usize = 4;
+pub const TEMPLATES: usize = 6;
 
 /// The header that counts.
 pub fn header_of(file: &File) -> Header {
@@ -322,17 +322,20 @@ pub fn header_of(file: &File) -> Header {
 }
 
 /// A closed image, one after a cut with a batch in its area and commits in its journal, one nothing
-/// was ever written to, and one without base.
+/// was ever written to, and one without base; a compact one after a cut, and one closed.
 pub fn templates() -> &'static [Template; TEMPLATES] {
     static MADE: OnceLock<[Template; TEMPLATES]> = OnceLock::new();
     MADE.get_or_init(|| {
-        let make = |base: Option<&[u8]>, sessions: u64, cut: bool| {
+        let make = |base: Option<&[u8]>, sessions: u64, cut: bool, compact: bool| {
             let params = CreateParams {
                 virtual_size: Some(1 << 20),
                 block_size: if base.is_some() { 4096 } else { 0 },
                 journal_size: 1 << 20,
                 base_name: base.map_or(String::new(), |_| "base".into()),
                 base_format: base.map_or(String::new(), |_| "raw".into()),
+                compact,
+                chunk_size: if compact { 64 << 10 } else { 0 },
+                storage_grow_unit: if compact { 128 << 10 } else { 0 },
                 ..CreateParams::default()
             };
             let base = base.map(<[u8]>::to_vec);
@@ -342,7 +345,7 @@ pub fn templates() -> &'static [Template; TEMPLATES] {
                 let queue = world.queue(Config::default());
                 world.request(&queue, Request::Open).expect("open");
                 for i in 0..4 {
-                    let offset = (session * 9 + i * 2) * 4096 + 512;
+                    let offset = (session * 9 + i * if compact { 30 } else { 2 }) * 4096 + 512;
                     world.request(&queue, Request::Write { offset, buf: Buf::new(vec![7; 700]), fua: true }).expect("write");
                 }
                 if !(cut && session + 1 == sessions) {
@@ -354,6 +357,13 @@ pub fn templates() -> &'static [Template; TEMPLATES] {
             Template { file, base, header }
         };
         let base: Vec<u8> = (0..300_000u32).map(|i| (i / 512) as u8 | 1).collect();
-        [make(Some(&base), 2, false), make(Some(&base), 3, true), make(None, 0, false), make(None, 1, true)]
+        [
+            make(Some(&base), 2, false, false),
+            make(Some(&base), 3, true, false),
+            make(None, 0, false, false),
+            make(None, 1, true, false),
+            make(Some(&base), 3, true, true),
+            make(None, 2, false, true),
+        ]
     })
 }
