@@ -255,7 +255,8 @@ struct fvd_create {
     uint32_t flags;
     /**
      * Compact: allocation unit in bytes, a power of two, 64 KiB to 64 MiB;
-     * 0: 1 MiB, or more where the disk would have more than 2^31 chunks.
+     * 0: 1 MiB, or more where a block is larger or the disk would have more
+     * than 2^31 chunks.
      */
     uint32_t chunk_size;
     /**

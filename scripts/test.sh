@@ -46,6 +46,7 @@ for script in tests/qemu/*.py; do
 done
 step counts python3 -B bench/test-counts.py
 step iotests tests/iotests/run.sh
+step iotests-compact tests/iotests/run.sh --compact
 
 printf '\n'
 [ ${#failures[@]} -eq 0 ] || printf 'failed: %s\n' "${failures[*]}"

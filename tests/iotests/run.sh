@@ -4,14 +4,21 @@
 # Runs the upstream qemu-iotests of pass.txt with -fvd on the built programs.
 # Each must pass; one that "cannot run" counts as failed, too.
 #
-#   tests/iotests/run.sh            all of pass.txt
-#   tests/iotests/run.sh NAME...    only these
+#   tests/iotests/run.sh                     all of pass.txt
+#   tests/iotests/run.sh NAME...             only these
+#   tests/iotests/run.sh --compact [NAME...] all of pass-compact.txt, or these, with compact images
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+list=pass.txt
+if [ "${1:-}" = --compact ]; then
+    shift
+    list=pass-compact.txt
+    export IMGOPTS=compact_image=on
+fi
 . "$here/common.sh"
 
-if [ $# -gt 0 ]; then tests=("$@"); else mapfile -t tests < <(names "$here/pass.txt"); fi
-[ ${#tests[@]} -gt 0 ] || die "pass.txt is empty"
+if [ $# -gt 0 ]; then tests=("$@"); else mapfile -t tests < <(names "$here/$list"); fi
+[ ${#tests[@]} -gt 0 ] || die "$list is empty"
 
 passed=0 failed=0 skipped=0
 run_check fvd "${tests[@]}"

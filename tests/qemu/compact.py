@@ -321,6 +321,17 @@ with suite.test("a device full of old bytes never shows them (512 and 4096 bytes
                 check_clean(path)
                 has(img("info", path), "zeroed: true")
 
+with suite.test("the fvd tool makes, describes and checks one on a device"):
+    with Loop("tool.bin", 8 * MIB) as loop:
+        has(run("fvd", "create", "--compact", "--chunk-size", "64K", "--journal-size", "1M", loop.device, "64M"), "chunks of 64 KiB")
+        io(loop.device, "read -q -P 0 0 64M", "write -q -P 1 30M 70000", args=["-t", "none"])
+        has(run("fvd", "check", loop.device), "No errors", "2/1024 chunks = 0.20% allocated, 0.00% fragmented")
+        has(run("fvd", "info", loop.device), "chunk size: 64 KiB", "compact")
+        places = [(r["start"], r["length"], r["place"]) for r in run_json("fvd", "map", "--output=json", loop.device)]
+        check(places == [(0, 30 * MIB, "zero"), (30 * MIB, 128 * KIB, "data"), (30 * MIB + 128 * KIB, 34 * MIB - 128 * KIB, "zero")],
+              "%s", places)
+        has(run("fvd", "create", "--compact", "--preallocation", "metadata", loop.device, "64M", status=1), loop.device, "8388608")
+
 with suite.test("convert to a device: only data is written, all reads right"):
     with Loop("cv.bin", 24 * MIB) as loop:
         img("convert", "-f", "raw", "-O", "fvd", "-o", "compact_image=on,journal_size=1M", suite.path("c.raw"), loop.device)

@@ -204,6 +204,9 @@ def reopen(qmp, turn):
 daemon_test("4k blocks, threads", "block_size=4k,journal_size=1M", "threads", quiet)
 daemon_test("64k blocks, io_uring, asked meanwhile", "block_size=64k,journal_size=1M", "io_uring", bitmaps_and_questions)
 daemon_test("2M blocks, native", "block_size=2M,journal_size=1M,detect_sparse_hole=on", "native", quiet)
+daemon_test("compact, 64k chunks, io_uring, asked meanwhile",
+            "compact_image=on,chunk_size=64k,storage_grow_unit=1M,block_size=4k,journal_size=1M", "io_uring",
+            bitmaps_and_questions)
 
 with suite.test("storage-daemon, reopened while written to"):
     contents = make_disks("block_size=64k,journal_size=1M")

@@ -217,7 +217,8 @@ pub struct fvd_create {
     /// FVD_CREATE_*
     pub flags: u32,
     /// Compact: allocation unit in bytes, a power of two, 64 KiB to 64 MiB;
-    /// 0: 1 MiB, or more where the disk would have more than 2^31 chunks.
+    /// 0: 1 MiB, or more where a block is larger or the disk would have more
+    /// than 2^31 chunks.
     pub chunk_size: u32,
     /// Compact: the file grows in steps of so many bytes, a multiple of the
     /// chunk size; 0: 64 MiB.

@@ -51,7 +51,7 @@ pub struct Create {
     /// Allocate storage when it is written, a chunk at a time, instead of laying the disk out like a raw file
     #[arg(long)]
     compact: bool,
-    /// Allocation unit: a power of two from 64K to 64M [default: 1M, or more for a disk of more than 2P]
+    /// Allocation unit: a power of two from 64K to 64M [default: 1M, or what a larger block or a disk of more than 2P needs]
     #[arg(long, value_name = "SIZE", value_parser = parse, requires = "compact")]
     chunk_size: Option<u64>,
     /// Steps by which the file grows, a multiple of the chunk size [default: 64M]

@@ -62,7 +62,8 @@ pub fn run(args: &Map) -> Outcome {
     let path = &args.target.file;
     let about = |error: fvd_engine::Error| Failure::about(path, &error);
     let disk = Disk::open(path, &args.opening.options()).map_err(about)?;
-    let size = disk.info().map_err(about)?.header.virtual_size;
+    let header = disk.info().map_err(about)?.header;
+    let size = header.virtual_size;
     let mut out = BufWriter::new(std::io::stdout().lock());
     let mut printer = Printer { output: args.output, first: true };
     printer.begin(&mut out)?;
@@ -70,7 +71,9 @@ pub fn run(args: &Map) -> Outcome {
     let mut at = 0;
     while at < size {
         let status = disk.status(at, (size - at).min(STEP)).map_err(about)?;
-        let next = Run { start: at, len: status.len, place: status.place };
+        // Before its first write an image leaves all to a base that may still come.
+        let place = if status.place == Place::Base && header.base_name.is_empty() { Place::Zero } else { status.place };
+        let next = Run { start: at, len: status.len, place };
         at += status.len;
         if joined.as_mut().is_some_and(|run| run.join(&next)) {
             continue;

@@ -326,6 +326,8 @@ fn compact_images() {
     for line in ["chunk size: 64 KiB", "grows by: 256 KiB", "features: compact"] {
         assert!(text.contains(line), "'{line}' in: {text}");
     }
+    let map = dir.json(&["map", "--output=json", "c.fvd"]);
+    assert_eq!(map, serde_json::from_str::<Value>(r#"[{"start":0,"length":67108864,"place":"zero"}]"#).unwrap());
     let disk = Disk::open(&dir.at("c.fvd"), &Options::default()).unwrap();
     disk.pwrite(&[7; 4096], 10 * MIB, false).unwrap();
     disk.pwrite(&[8; 4096], 10 * MIB + 65536, false).unwrap();

@@ -254,7 +254,7 @@ fn plan_chunks(params: &CreateParams, virtual_size: u64) -> Result<(u32, u64)> {
             _ => fail(Kind::Invalid, "chunk_size and storage_grow_unit need compact_image=on"),
         };
     }
-    let mut chunk = if params.chunk_size == 0 { CHUNK_SIZE_DEFAULT } else { params.chunk_size };
+    let mut chunk = if params.chunk_size == 0 { CHUNK_SIZE_DEFAULT.max(params.block_size) } else { params.chunk_size };
     if !chunk.is_power_of_two() || !(CHUNK_SIZE_MIN..=CHUNK_SIZE_MAX).contains(&chunk) {
         return fail(Kind::Invalid, format!("chunk_size {chunk} is no power of two from {CHUNK_SIZE_MIN} to {CHUNK_SIZE_MAX}"));
     }

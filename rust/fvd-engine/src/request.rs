@@ -80,7 +80,7 @@ pub struct CreateParams {
     /// Storage is allocated a chunk at a time, by a lookup table.
     pub compact: bool,
     /// Allocation unit in bytes of a compact image: a power of two, 64 KiB–64 MiB; 0: 1 MiB, or more
-    /// where the disk would have more than 2³¹ chunks.
+    /// where a block is larger or the disk would have more than 2³¹ chunks.
     pub chunk_size: u32,
     /// Growth step in bytes of a compact image, a multiple of the chunk size; 0: 64 MiB.
     pub storage_grow_unit: u64,

@@ -281,7 +281,17 @@ impl Run {
         let second = unsafe { at.add(cut) };
         let iov = [libc::iovec { iov_base: at.cast(), iov_len: cut }, libc::iovec { iov_base: second.cast(), iov_len: len - cut }];
         let status = fvd_block_status { struct_size: size_of::<fvd_block_status>(), place: 0, file: 0, offset: 0, len: 0 };
-        let check = fvd_check { struct_size: size_of::<fvd_check>(), corruptions: 0, leaked: 0, blocks_total: 0, blocks_present: 0, image_end: 0, chunks_total: 0, chunks_allocated: 0, chunks_fragmented: 0 };
+        let check = fvd_check {
+            struct_size: size_of::<fvd_check>(),
+            corruptions: 0,
+            leaked: 0,
+            blocks_total: 0,
+            blocks_present: 0,
+            image_end: 0,
+            chunks_total: 0,
+            chunks_allocated: 0,
+            chunks_fragmented: 0,
+        };
         let asked = Box::into_raw(Box::new(Asked { done: Cell::new(0), iov, memory, status, check }));
         self.asked.push(asked);
         f(self.host(queue).queue.get(), asked);
@@ -304,7 +314,7 @@ impl Run {
                 let host = self.host(queue);
                 host.inline.set(!host.inline.get());
             }
-            // SAFETY: a queue or an image of this run; wrong handles are answered (API-29).
+            // SAFETY (these): a queue or an image of this run; wrong handles are answered (API-29).
             8 => unsafe { fvd_queue_run(self.host(queue).queue.get()) },
             // SAFETY: see above.
             9 => unsafe { fvd_queue_timer(self.host(queue).queue.get()) },
@@ -332,7 +342,7 @@ impl Run {
         let (kind, offset) = (input.u8(), input.number());
         let len = usize::from(input.u16() % 20_000);
         let flags = u32::from(kind >> 5);
-        // SAFETY: in the whole function, arguments of the right types; memory and answers live in
+        // SAFETY (the whole function): arguments of the right types; memory and answers live in
         // `Asked`, which lives till the end of the run. Wrong values are what is tested (API-30).
         unsafe {
             match (group, kind & 7) {
@@ -362,9 +372,8 @@ impl Run {
                         detect_sparse_hole: 0,
                         base_name: null(),
                         base_format: null(),
-                        // Every other one compact.
-                        flags: flags >> 1 & 1,
-                        chunk_size: 0,
+                        flags: flags & FVD_CREATE_COMPACT,
+                        chunk_size: if flags & FVD_CREATE_COMPACT == 0 { 0 } else { 64 << 10 },
                         storage_grow_unit: 0,
                     };
                     self.submit(queue, |q, a| fvd_submit_create(q, &raw const create, Some(done), a.cast()));
