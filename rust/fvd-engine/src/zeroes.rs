@@ -25,6 +25,7 @@ impl<H: Host> Queue<H> {
             self.leave_pristine().await?;
             let (start, end) = self.chunk_range(offset, len);
             let _range = image.ranges.lock(start, end).await;
+            self.check_bounds(offset, len)?;
             self.wait_for_dirty_room().await?;
             self.zero_locked(offset, offset + len, may_unmap).await?;
         }
@@ -191,6 +192,7 @@ impl<H: Host> Queue<H> {
         }
         let (start, end) = self.chunk_range(offset, len);
         let _range = image.ranges.lock(start, end).await;
+        self.check_bounds(offset, len)?;
         let align = u64::from(image.limits(FileId::Image).request_alignment).max(512);
         let mut at = offset;
         while at < offset + len {

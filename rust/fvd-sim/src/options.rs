@@ -41,10 +41,12 @@ pub enum Kind {
     Drain,
     /// Every block goes back to the base.
     Empty,
+    /// The disk shrinks.
+    Shrink,
 }
 
 /// Number of [`Kind`]s.
-pub const KINDS: usize = 15;
+pub const KINDS: usize = 16;
 
 /// What the base is to the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +153,7 @@ impl Options {
             _ => base_sectors,
         };
         let limits = host_limits(p, bytes);
-        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0];
+        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0, 1];
         for (kind, weight) in weights.iter_mut().enumerate() {
             let keep = kind == Kind::Write as usize || p.chance(75);
             *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };

@@ -117,6 +117,11 @@ const LAYOUT: Steps = &[
     &[zero(100, 50, true, false), Act::Flush],
     &[Act::Empty],
     &[write(22, 7)],
+    &[Act::Shrink { cells: 6000 }],
+    &[write(230, 33), Act::Flush],
+    &[Act::Shrink { cells: 60 }, write(20, 9)],
+    &[Act::Grow { cells: 50 }],
+    &[write(212, 9)],
     &[Act::Check],
 ];
 
