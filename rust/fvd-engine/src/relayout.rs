@@ -414,7 +414,8 @@ impl Image {
                 bits.clear();
                 continue;
             }
-            for segment in 0..count.div_ceil(SEGMENT_BITS) {
+            // A table has a page even if the disk has no chunk.
+            for segment in 0..count.max(1).div_ceil(SEGMENT_BITS) {
                 added += u64::from(bits.segment(segment).is_none());
                 bits.insert(segment, Segment::initial());
             }
@@ -424,7 +425,7 @@ impl Image {
             if count < bits_of(old, kind) && !faulty!(self, ShrinkKeepsBits) {
                 bits.clear_from(count);
             }
-            for page in 0..region.pages().min(count.div_ceil(PAYLOAD_BITS)) {
+            for page in 0..region.pages().min(count.max(1).div_ceil(PAYLOAD_BITS)) {
                 let bit = region.map_first + page;
                 bits.set_count(page, u32::from(map_words[(bit / 64) as usize] >> (bit % 64) & 1 == 1));
             }

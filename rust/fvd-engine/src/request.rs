@@ -20,6 +20,9 @@ pub struct Config {
     pub checkpoint_after: u64,
     /// Most memory for metadata pages: bytes.
     pub metadata_memory: u64,
+    /// Discards and write-zeroes leave chunks their place: the storage is zeroed or punched there, so
+    /// that a disk laid out well stays so. (QEMU's `discard-no-unref`.)
+    pub discard_no_unref: bool,
     /// The mistake to make.
     #[cfg(feature = "planted-faults")]
     pub fault: Option<crate::faults::Fault>,
@@ -34,6 +37,7 @@ impl Default for Config {
             commit_interval_ns: 5_000_000_000,
             checkpoint_after: 0,
             metadata_memory: 1 << 30,
+            discard_no_unref: false,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }

@@ -120,6 +120,8 @@ pub struct Options {
     pub fail_percent: u64,
     /// In how many of 100 sessions the power goes.
     pub cut_percent: u64,
+    /// Chunks keep their storage when they are discarded.
+    pub discard_no_unref: bool,
     /// A discard leaves the data as it was, in how many of 100 cases.
     pub discard_ignored_percent: u64,
 }
@@ -191,6 +193,7 @@ impl Options {
             fail_percent: p.pick(&[0, 0, 30, 60]),
             cut_percent: p.pick(&[50, 80, 100]),
             discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
+            discard_no_unref: p.one_in(5),
         }
     }
 

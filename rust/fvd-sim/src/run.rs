@@ -156,7 +156,7 @@ impl<'a> Run<'a> {
         let options = self.options;
         let mut limits = [Limits::default(); FILES];
         (limits[0], limits[2]) = (options.limits[0], options.limits[1]);
-        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, commit_interval_ns: options.commit_interval_ns, ..Config::default() }
+        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, commit_interval_ns: options.commit_interval_ns, discard_no_unref: options.discard_no_unref, ..Config::default() }
     }
 
     pub(crate) fn setup(&self, seed: u64, number: usize) -> Setup {

@@ -218,6 +218,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         commit_interval_ns: 5 * SECOND,
         latency: [Latency { spread: variant.spread, ..Latency::NONE }; 2],
         discard_ignored_percent: 0,
+        discard_no_unref: false,
         ..Options::draw(0)
     };
     Rc::new(Plan { options, create_cuts: Vec::new(), sessions: Vec::new() })
