@@ -127,7 +127,7 @@ pub(crate) enum Run {
 /// A paged region.
 pub(crate) struct Bits {
     spine: Box<[OnceLock<Box<[OnceLock<Segment>]>>]>,
-    /// Grows only; who finds a block below the covered length finds its bit below this.
+    /// Grows only, also where the region shrinks; who finds a block below the covered length finds its bit below this.
     bits: AtomicU64,
 }
 
@@ -143,10 +143,21 @@ impl Bits {
         (self.spine.len() as u64 - 1) * SPINE * SEGMENT_BITS
     }
 
-    /// Adds bits, of which nothing is loaded that was not loaded before.
+    /// Adds bits, of which nothing is loaded that was not loaded before. Of a region that shrank, the
+    /// bits past its end stay, cleared: readers may be on their way to them.
     pub(crate) fn grow(&self, bits: u64) {
-        assert!(bits >= self.len() && bits <= self.capacity());
-        self.bits.store(bits, Ordering::Release);
+        assert!(bits <= self.capacity());
+        self.bits.fetch_max(bits, Ordering::Release);
+    }
+
+    /// Clears the bits from `first` on. Nobody changes them meanwhile.
+    pub(crate) fn clear_from(&self, first: u64) {
+        for index in first / SEGMENT_BITS..self.len().div_ceil(SEGMENT_BITS) {
+            let start = index * SEGMENT_BITS;
+            if self.segment(index).is_some() {
+                self.write(first.max(start), (start + SEGMENT_BITS).min(self.len()), false);
+            }
+        }
     }
 
     /// Number of bits.

@@ -146,12 +146,20 @@ pub enum Fault {
     FreedAtOnce,
     /// A commit that covers base data has one sync (R6).
     OneSyncOverBase,
+    /// The file of a disk that shrinks is cut before the header says so (R6).
+    ShrinkCutsFirst,
+    /// A disk that shrinks keeps the bits and entries of what was cut off (FMT-30, FMT-76).
+    ShrinkKeepsBits,
+    /// The storage of what was cut off is given away while who began before still uses it (R5).
+    ShrinkWithoutNarrowing,
+    /// A compact disk that grows leaves the rest of its last chunk as it is.
+    GrowthKeepsChunkRest,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 68] = [
+    pub const ALL: [Fault; 72] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -220,5 +228,9 @@ impl Fault {
         Self::FreeWithoutNarrowing,
         Self::FreedAtOnce,
         Self::OneSyncOverBase,
+        Self::ShrinkCutsFirst,
+        Self::ShrinkKeepsBits,
+        Self::ShrinkWithoutNarrowing,
+        Self::GrowthKeepsChunkRest,
     ];
 }

@@ -93,7 +93,7 @@ pub(crate) fn regions_anew(new: &Header) -> Vec<(RegionKind, u64, u64)> {
             (kind, pages * page, first - pages)
         })
         .collect();
-    out.insert(0, (RegionKind::PageMap, first.div_ceil(PAYLOAD_BITS) * page, 0));
+    out.insert(0, (RegionKind::PageMap, first.div_ceil(PAYLOAD_BITS).max(1) * page, 0));
     out
 }
 

@@ -58,6 +58,12 @@ impl Image {
     /// Where guest byte `at` is, and for how many of `len` bytes that holds, by what is in memory.
     pub(crate) fn locate(&self, at: u64, len: u64) -> Located {
         let map = &self.map;
+        // Within the bracket of who asks: the disk may have shrunk since the request began.
+        let size = map.virtual_size.load(Ordering::Acquire);
+        if at >= size {
+            return Located::Bad(Error::new(Kind::OutOfRange, format!("byte {at} lies beyond the disk's {size} bytes")));
+        }
+        let len = len.min(size - at);
         if map.pristine.load(Ordering::Acquire) {
             return Located::Run(Place::Base, len);
         }

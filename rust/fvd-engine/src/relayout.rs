@@ -147,7 +147,7 @@ impl<H: Host> Queue<H> {
         let (old, mapped) = result?;
         if image.header().is_compact() {
             // Nobody who began before reads what the table named.
-            if !faulty!(image, EmptyFreesAtOnce) {
+            if !faulty!(image, EmptyFreesAtOnce) && !faulty!(image, ShrinkWithoutNarrowing) {
                 image.narrow().await;
             }
             self.release_chunks(image.left_behind(&old, mapped));
@@ -189,7 +189,13 @@ impl<H: Host> Queue<H> {
             }
         })
         .await?;
-        let mapped = if fill == Fill::Base { image.mapped_chunks() } else { Runs::new() };
+        let mapped = match fill {
+            Fill::Base => image.mapped_chunks(0, old.chunks()),
+            Fill::Keep => image.mapped_chunks(new.chunks(), old.chunks()),
+        };
+        if new.virtual_size < old.virtual_size {
+            self.publish_smaller(new.virtual_size).await;
+        }
         image.publish_rebuilt(&old, fill, map_words);
         Ok((old, mapped))
     }
@@ -234,7 +240,7 @@ impl<H: Host> Queue<H> {
         let block = u64::from(old.block_size);
         let edge = old.base_length.min(old.covered);
         let (last, start) = (edge / block, edge / block * block);
-        if start < edge && !self.run_of(last, last + 1).await?.0 && !faulty!(image, LastBlockLeftHalf) {
+        if new.covered >= old.covered && start < edge && !self.run_of(last, last + 1).await?.0 && !faulty!(image, LastBlockLeftHalf) {
             let end = (start + block).min(old.covered);
             let bytes = self.read_base_own(start, end - start).await?;
             self.write_locked(start, {
@@ -396,6 +402,11 @@ impl Image {
                 set_words(&mut words, first - from, end - from, true);
             }
         }
+        // Of a disk that shrinks.
+        let end = bits_of(new, kind);
+        if end < from + PAYLOAD_BITS && !faulty!(self, ShrinkKeepsBits) {
+            set_words(&mut words, end - from, PAYLOAD_BITS, false);
+        }
         words.iter().any(|&w| w != 0).then_some(words)
     }
 
@@ -415,14 +426,18 @@ impl Image {
                 bits.clear();
                 continue;
             }
-            for segment in 0..count.div_ceil(SEGMENT_BITS) {
+            // A table has a page even if the disk has no chunk.
+            for segment in 0..count.max(1).div_ceil(SEGMENT_BITS) {
                 added += u64::from(bits.segment(segment).is_none());
                 bits.insert(segment, Segment::initial());
             }
-            if kind == RegionKind::Bitmap {
+            if kind == RegionKind::Bitmap && old.blocks() < count {
                 bits.write(old.blocks(), count, true);
             }
-            for page in 0..region.pages().min(count.div_ceil(PAYLOAD_BITS)) {
+            if count < bits_of(old, kind) && !faulty!(self, ShrinkKeepsBits) {
+                bits.clear_from(count);
+            }
+            for page in 0..region.pages().min(count.max(1).div_ceil(PAYLOAD_BITS)) {
                 let bit = region.map_first + page;
                 bits.set_count(page, u32::from(map_words[(bit / 64) as usize] >> (bit % 64) & 1 == 1));
             }
@@ -446,11 +461,11 @@ impl Image {
         map.pristine.store(header.pristine, Ordering::Release);
     }
 
-    /// Storage chunks that the table names. Who holds no lock sees some of the changes under way.
-    fn mapped_chunks(&self) -> Runs {
-        let (mut runs, chunks) = (Runs::new(), self.header().chunks());
+    /// Storage chunks that the table names for guest chunks `at..chunks`. Who holds no lock sees some of
+    /// the changes under way.
+    fn mapped_chunks(&self, mut at: u64, chunks: u64) -> Runs {
+        let mut runs = Runs::new();
         let Some(table) = self.map.table.get() else { return runs };
-        let mut at = 0;
         while at < chunks {
             at += match table.entry_run(at, chunks) {
                 EntryRun::Chunks { id, count } => {

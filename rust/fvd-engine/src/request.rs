@@ -23,6 +23,9 @@ pub struct Config {
     pub batch_pages: usize,
     /// Most memory for metadata pages: bytes.
     pub metadata_memory: u64,
+    /// Discards and write-zeroes leave chunks their place: the storage is zeroed or punched there, so
+    /// that a disk laid out well stays so. (QEMU's `discard-no-unref`.)
+    pub discard_no_unref: bool,
     /// The mistake to make.
     #[cfg(feature = "planted-faults")]
     pub fault: Option<crate::faults::Fault>,
@@ -38,6 +41,7 @@ impl Default for Config {
             checkpoint_after: 0,
             batch_pages: 0,
             metadata_memory: 1 << 30,
+            discard_no_unref: false,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }

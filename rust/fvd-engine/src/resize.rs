@@ -5,10 +5,10 @@ use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::faulty;
-use crate::io::{ENOMEDIUM, bare, ceil, result_of};
+use crate::io::{ENOMEDIUM, bare, ceil, floor, result_of};
 use crate::write::Payload;
 use crate::relayout::Fill;
-use crate::table::ENTRY_BITS;
+use crate::table::{ENTRY_BITS, EntryRun};
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
 use fvd_format::limits::{CHUNKS_MAX, FORMAT_NAME_MAX, PAGE_SIZE, PATH_MAX, SECTOR, VIRTUAL_SIZE_MAX};
 use fvd_format::page::PAYLOAD_ENTRIES;
@@ -17,9 +17,10 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 impl<H: Host> Queue<H> {
-    /// Grows the disk. The new part is beyond the bitmap: it is in this image from the start.
+    /// Changes the size. What is added lies beyond the bitmap: it is in this image from the start, and
+    /// reads as zero, also where a disk that shrank had data before.
     ///
-    /// Order (CC-40): the file first, stable; then the header; then readers see the new size.
+    /// Order of growth (CC-40): the file first, stable; then the header; then readers see the new size.
     pub(crate) async fn resize(self: &Rc<Self>, size: u64, zeroed: bool) -> Result<()> {
         let image = self.image().clone();
         image.check_writable()?;
@@ -37,7 +38,7 @@ impl<H: Host> Queue<H> {
             return Ok(());
         }
         if size < header.virtual_size {
-            return fail(Kind::Unsupported, format!("the disk has {} bytes and cannot shrink to {size}", header.virtual_size));
+            return self.shrink(&header, size).await;
         }
         if header.is_compact() {
             return self.grow_compact(&header, size).await;
@@ -59,7 +60,7 @@ impl<H: Host> Queue<H> {
             self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
         }
         // Nor must trailing bytes that something else left behind the old end.
-        if limits.grows_zeroed || zeroed || moved {
+        if limits.grows_zeroed || limits.cheap_zeroing || zeroed || moved {
             let within = (old_end - header.flat_data_end()).min(size - header.virtual_size);
             if within > 0 && !faulty!(image, GrowthKeepsRest) {
                 // The rest of the last page was never written.
@@ -78,14 +79,113 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Grows a compact disk: the table gets more entries, which have no storage. The rest of a last
-    /// chunk reads as zero already.
+    /// Shrinks the disk. The caller holds the layout lock.
+    ///
+    /// Order (CC-41): the regions of the smaller disk, stable; the header; readers see the new size;
+    /// whoever began before ends; then, and only then, the storage of what was cut off is given away.
+    /// Nothing there is zeroed: growth does that.
+    async fn shrink(self: &Rc<Self>, old: &Header, size: u64) -> Result<()> {
+        let image = self.image().clone();
+        let smaller = |header: &mut Header| {
+            header.virtual_size = size;
+            header.covered = header.covered.min(size);
+            if header.covered == 0 {
+                header.block_size = 0;
+                *header.region_mut(RegionKind::Bitmap) = None;
+            }
+        };
+        if faulty!(image, ShrinkCutsFirst) && !old.is_compact() {
+            self.op(bare(OpKind::Truncate, FileId::Image, ceil(old.data_offset + size, PAGE_SIZE as u64).max(old.regions_end()), 0)).await?;
+        }
+        if old.region(RegionKind::Journal).is_some() {
+            self.rebuild(Fill::Keep, 0, smaller).await?;
+        } else {
+            // Whoever writes has looked at the size with the lock of the range.
+            let _all = image.ranges.lock(0, u64::MAX).await;
+            self.update_header(smaller).await?;
+            self.publish_smaller(size).await;
+        }
+        // The disk has its new size, whatever becomes of the rest.
+        let given = if old.is_compact() { Ok(()) } else { self.cut_flat(old).await };
+        if let Err(error) = given {
+            self.host().log(LogLevel::Warning, &error.context("the disk shrank, but its storage stays").text);
+        }
+        Ok(())
+    }
+
+    /// Lets readers see a smaller size, and waits for those that may not have seen it (R5).
+    pub(crate) async fn publish_smaller(&self, size: u64) {
+        let image = self.image();
+        image.map.virtual_size.store(size, Ordering::Release);
+        if !faulty!(image, ShrinkWithoutNarrowing) {
+            image.narrow().await;
+        }
+    }
+
+    /// Gives the storage behind a flat disk back that was cut off `old`'s.
+    async fn cut_flat(self: &Rc<Self>, old: &Header) -> Result<()> {
+        let image = self.image().clone();
+        let behind = |header: &Header| [RegionKind::PageMap, RegionKind::Bitmap].iter().any(|kind| header.region(*kind).is_some_and(|r| r.offset >= header.data_offset));
+        if behind(&image.header()) {
+            // They had to lie behind the old disk as long as that counted.
+            self.rebuild(Fill::Keep, 0, |_| ()).await?;
+        }
+        let header = image.header();
+        let end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
+        let kept = ceil(header.file_length_min(), PAGE_SIZE as u64).max(end);
+        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        // Around the metadata that lies there.
+        let mut at = end;
+        let stop = floor(ceil(old.flat_data_end(), PAGE_SIZE as u64).min(length), PAGE_SIZE as u64);
+        let stop = if image.limits(FileId::Image).grows_zeroed { stop.min(kept) } else { stop };
+        let mut regions: Vec<_> = header.regions.iter().flatten().filter(|r| r.end() > end).map(|r| (r.offset, r.end())).collect();
+        regions.sort_unstable();
+        for (from, to) in regions.into_iter().chain([(stop, stop)]) {
+            if at < from.min(stop) {
+                self.op(bare(OpKind::Discard, FileId::Image, at, from.min(stop) - at)).await?;
+            }
+            at = at.max(to);
+        }
+        if image.limits(FileId::Image).grows_zeroed && kept < length {
+            self.op(bare(OpKind::Truncate, FileId::Image, kept, 0)).await?;
+            self.sync().await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the rest of the last chunk of a compact disk read as zero: a disk that shrank may have left
+    /// data there. It is seen only once the disk grows.
+    async fn zero_rest_of_chunk(self: &Rc<Self>, header: &Header) -> Result<()> {
+        let image = self.image().clone();
+        let (size, chunk) = (header.virtual_size, u64::from(header.chunk_size));
+        if size % chunk == 0 || faulty!(image, GrowthKeepsChunkRest) {
+            return Ok(());
+        }
+        let (last, end) = (size / chunk, ceil(size, chunk));
+        let _range = image.ranges.lock(last * chunk, end).await;
+        let EntryRun::Chunks { id, .. } = self.entries_of(last, last + 1).await? else {
+            // It may have been freed just now: the size must not be stable before that is.
+            return self.commit_metadata().await;
+        };
+        let base = header.chunk_offset(id).wrapping_sub(last * chunk);
+        let whole = ceil(size, PAGE_SIZE as u64);
+        if size < whole {
+            self.write_hull(size, Vec::new(), Payload::Zero((whole - size) as usize), Vec::new(), base).await?;
+        }
+        if whole < end {
+            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, base.wrapping_add(whole), end - whole)).await?;
+        }
+        self.sync().await
+    }
+
+    /// Grows a compact disk: the table gets more entries, which have no storage.
     async fn grow_compact(self: &Rc<Self>, header: &Header, size: u64) -> Result<()> {
         let image = self.image().clone();
         let chunks = size.div_ceil(u64::from(header.chunk_size));
         if chunks > CHUNKS_MAX {
             return fail(Kind::OutOfRange, format!("size {size} needs {chunks} chunks of {} bytes, at most {CHUNKS_MAX} fit", header.chunk_size));
         }
+        self.zero_rest_of_chunk(header).await?;
         let table = header.region(RegionKind::Table).expect("compact image");
         if chunks > table.pages() * PAYLOAD_ENTRIES {
             return self.rebuild(Fill::Keep, 0, |header| header.virtual_size = size).await;

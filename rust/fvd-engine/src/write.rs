@@ -61,6 +61,8 @@ impl<H: Host> Queue<H> {
             self.leave_pristine().await?;
             let image = self.image().clone();
             let _range = if faulty!(image, NoRangeLock) { None } else { Some(self.lock_for_write(offset, len as u64).await?) };
+            // Before it had the lock, the disk may have shrunk.
+            self.check_bounds(offset, len as u64)?;
             self.wait_for_dirty_room().await?;
             let _range = _range.filter(|_| !faulty!(image, LockReleasedEarly));
             self.write_locked(offset, Payload::Guest { buf, at: 0, len }).await?;

@@ -25,6 +25,7 @@ impl<H: Host> Queue<H> {
             self.leave_pristine().await?;
             let (start, end) = self.chunk_range(offset, len);
             let _range = image.ranges.lock(start, end).await;
+            self.check_bounds(offset, len)?;
             self.wait_for_dirty_room().await?;
             self.zero_locked(offset, offset + len, may_unmap).await?;
         }
@@ -74,7 +75,7 @@ impl<H: Host> Queue<H> {
                 continue;
             }
             let first = at >> chunk_shift;
-            let end = if may_unmap { first + 1 } else { ((to - 1) >> chunk_shift) + 1 };
+            let end = if may_unmap && !image.config.discard_no_unref { first + 1 } else { ((to - 1) >> chunk_shift) + 1 };
             let stop = |count: u64| ((first + count) << chunk_shift).min(to);
             match self.entries_of(first, end).await? {
                 EntryRun::Chunks { id, count } => {
@@ -95,14 +96,15 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// The first chunk at or after `from`, if it starts there, and how many chunks are whole from there
-    /// to `to`. So many at a time that their records are a small commit.
+    /// The first chunk at or after `from`, if it starts there, and how many chunks may lose their storage
+    /// from there on: those that are whole before `to`. So many at a time that their records are a small commit.
     fn whole_chunks(&self, from: u64, to: u64) -> (u64, u64) {
         let map = &self.image().map;
         let shift = map.chunk_shift.load(Ordering::Relaxed);
         let size = map.virtual_size.load(Ordering::Acquire);
         let first = from >> shift;
-        if shift == 0 || first << shift != from {
+        // With `discard_no_unref` every chunk keeps its place, and is treated as one of a flat disk.
+        if shift == 0 || first << shift != from || self.image().config.discard_no_unref {
             return (first, 0);
         }
         let end = if to == size { to.div_ceil(1 << shift) } else { to >> shift };
@@ -191,6 +193,7 @@ impl<H: Host> Queue<H> {
         }
         let (start, end) = self.chunk_range(offset, len);
         let _range = image.ranges.lock(start, end).await;
+        self.check_bounds(offset, len)?;
         let align = u64::from(image.limits(FileId::Image).request_alignment).max(512);
         let mut at = offset;
         while at < offset + len {

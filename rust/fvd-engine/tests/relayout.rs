@@ -26,6 +26,7 @@ enum Step {
     Write(u64, usize, usize),
     Rebase,
     Grow(u64),
+    Shrink(u64),
     Empty,
     Reopen,
 }
@@ -46,6 +47,13 @@ const SCRIPT: &[Step] = &[
     Step::Write(8, 510, 2000),
     Step::Empty,
     Step::Write(9, 22, 700),
+    Step::Shrink(DISK - 7 * BLOCK as u64 - 512),
+    Step::Write(10, 400, 30),
+    Step::Shrink(2 * BLOCK as u64 + 1024),
+    Step::Reopen,
+    Step::Write(11, 13, 5),
+    Step::Grow(DISK + 100 * BLOCK as u64),
+    Step::Write(12, 30, 9),
 ];
 
 /// As in the images of [`base_image`], but nowhere zero.
@@ -102,6 +110,10 @@ impl Script {
                 Some(&Step::Grow(size)) => {
                     self.next.resize(size as usize, 0);
                     vec![Request::Resize { size, zeroed: true }]
+                }
+                Some(&Step::Shrink(size)) => {
+                    self.next.truncate(size as usize);
+                    vec![Request::Resize { size, zeroed: false }]
                 }
                 Some(Step::Empty) => {
                     self.next.fill(0);

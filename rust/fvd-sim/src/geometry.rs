@@ -62,6 +62,14 @@ impl Geometry {
         }
     }
 
+    /// The disk shrinks to `to` cells.
+    pub fn shrink(&mut self, to: u64) {
+        self.windows.retain(|w| w.first < to);
+        if let Some(last) = self.windows.last_mut() {
+            last.count = last.count.min(to - last.first);
+        }
+    }
+
     /// Number of cells in use.
     pub fn total(&self) -> usize {
         self.windows.last().map_or(0, |w| w.index + w.count as usize)
@@ -151,6 +159,9 @@ mod tests {
         geometry.grow(1000, 1010);
         assert_eq!(geometry.total(), 242);
         assert_eq!(geometry.index(1009), 241);
+        let mut shrunk = geometry.clone();
+        shrunk.shrink(510);
+        assert_eq!((shrunk.total(), shrunk.index(509)), (114, 113));
         assert_eq!((0..242).map(|i| geometry.index(geometry.cell_at(i))).collect::<Vec<_>>(), (0..242).collect::<Vec<_>>());
     }
 

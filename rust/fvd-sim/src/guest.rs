@@ -23,6 +23,7 @@ enum What {
     Status { began: Moment, first: u64, count: u64 },
     Flush { begun: Moment },
     Grow { cells: u64 },
+    Shrink { cells: u64 },
     Empty { begun: Moment },
     Beyond,
     Check,
@@ -51,6 +52,8 @@ struct Flight {
     shim: Option<Shim>,
     queue: usize,
     since: u64,
+    /// The disk shrank below its end since it began.
+    cut: bool,
 }
 
 /// The guest.
@@ -63,7 +66,7 @@ pub struct Guest {
     pub next_tag: Tag,
     /// Cells of the disk.
     pub cells: u64,
-    /// The size that a growth under way, or one that failed, may have left.
+    /// The size that a resize under way, or one that failed, may have left.
     pub maybe_cells: Option<u64>,
     /// Requests that ended.
     pub ended: u64,
@@ -139,10 +142,16 @@ impl Guest {
                 };
                 self.submit(step, What::Empty { begun }, None, Request::MakeEmpty);
             }
-            Act::Grow { cells } if self.maybe_cells.is_none() && !self.flights.iter().any(|f| matches!(f.what, What::Empty { .. })) => {
+            // What began before the disk shrank must not find it grown again: nobody could tell what it does.
+            Act::Grow { cells } if self.maybe_cells.is_none() && !self.flights.iter().any(|f| f.cut) && !self.flights.iter().any(|f| matches!(f.what, What::Empty { .. })) => {
                 let to = self.cells + cells;
                 self.maybe_cells = Some(to);
                 self.submit(step, What::Grow { cells: to }, None, Request::Resize { size: to * cell, zeroed: true });
+            }
+            Act::Shrink { cells } if self.maybe_cells.is_none() && cells < self.cells && !self.flights.iter().any(|f| matches!(f.what, What::Empty { .. })) => {
+                let to = self.cells - cells;
+                self.maybe_cells = Some(to);
+                self.submit(step, What::Shrink { cells: to }, None, Request::Resize { size: to * cell, zeroed: false });
             }
             Act::ChangeBase => {
                 let name = format!("base {}", self.next_id);
@@ -203,7 +212,7 @@ impl Guest {
     fn flight(&mut self, step: &Step, what: What, buf: Option<Buf>, shim: Option<Shim>) -> RequestId {
         let id = self.next_id;
         self.next_id += 1;
-        self.flights.push(Flight { id, step: *step, what, buf, shim, queue: usize::from(step.queue), since: self.world.now() });
+        self.flights.push(Flight { id, step: *step, what, buf, shim, queue: usize::from(step.queue), since: self.world.now(), cut: false });
         id
     }
 
@@ -309,21 +318,26 @@ impl Guest {
         }
     }
 
+    /// Where cells are in the model: those that the disk still has.
+    fn place(&self, first: u64, count: u64) -> Option<(usize, usize)> {
+        (first < self.cells).then(|| (self.model.borrow().geometry.index(first), count.min(self.cells - first) as usize))
+    }
+
     fn failed(&mut self, flight: Flight, error: &fvd_engine::Error) {
+        let shrinks = flight.cut || self.maybe_cells.is_some_and(|to| to < self.cells);
         self.errors.push((flight.step, error.clone()));
         if error.text.contains("internal error") {
             self.world.fail(format!("the engine panicked: {error}"));
         }
         match flight.what {
             What::Beyond if error.kind == Kind::OutOfRange => return,
-            What::Grow { .. } if error.kind == Kind::NoSpace && self.fixed && self.world.counters().injected == 0 => {
+            What::Grow { .. } | What::Shrink { .. } if error.kind == Kind::NoSpace && self.fixed && self.world.counters().injected == 0 => {
                 self.maybe_cells = None;
                 return;
             }
             What::Change { begun, first, count, .. } => {
-                {
-                    let model = &mut *self.model.borrow_mut();
-                    model.oracle.end_maybe(begun, model.geometry.index(first), count as usize);
+                if let Some((first, count)) = self.place(first, count) {
+                    self.model.borrow_mut().oracle.end_maybe(begun, first, count);
                 }
                 // The storage is full.
                 if error.kind == Kind::NoSpace && self.fixed && self.compact {
@@ -340,16 +354,25 @@ impl Guest {
             }
             _ => {}
         }
+        // The disk shrank, or is about to, under a request that reaches beyond its new end.
+        if shrinks && error.kind == Kind::OutOfRange {
+            return;
+        }
         if self.world.counters().injected == 0 {
             self.world.fail(format!("{:?} fails though nothing was made to fail: {error}", flight.what));
         }
     }
 
     fn succeeded(&mut self, flight: Flight, reply: &Reply) {
+        let at = match flight.what {
+            What::Change { first, count, .. } => self.place(first, count),
+            _ => None,
+        };
         let model = &mut *self.model.borrow_mut();
         match flight.what {
-            What::Change { begun, first, count, fua, maybe } => {
-                let (first, count) = (model.geometry.index(first), count as usize);
+            What::Change { begun, fua, maybe, .. } => {
+                // What is gone is gone.
+                let Some((first, count)) = at else { return };
                 if maybe {
                     model.oracle.end_maybe(begun, first, count);
                 } else {
@@ -361,7 +384,9 @@ impl Guest {
             }
             What::Read { began, first } => {
                 let buf = flight.buf.expect("a read has memory");
-                if let Err(text) = buf.with(|bytes| model.oracle.check_read(&model.geometry, first, began, bytes)) {
+                let left = self.cells.saturating_sub(first) * model.geometry.cell;
+                let check = |bytes: &[u8]| model.oracle.check_read(&model.geometry, first, began, &bytes[..bytes.len().min(left as usize)]);
+                if let Err(text) = if left == 0 { Ok(()) } else { buf.with(check) } {
                     self.world.fail(text);
                 }
             }
@@ -376,6 +401,20 @@ impl Guest {
                 model.grow(self.cells, cells, pristine);
                 (self.cells, self.maybe_cells) = (cells, None);
             }
+            What::Shrink { cells } => {
+                model.shrink(cells);
+                (self.cells, self.maybe_cells) = (cells, None);
+                for flight in &mut self.flights {
+                    let end = match flight.what {
+                        What::Change { first, count, .. } | What::Status { first, count, .. } => first + count,
+                        What::Read { first, .. } => first + flight.buf.as_ref().map_or(0, |buf| buf.with(<[u8]>::len) as u64) / model.geometry.cell,
+                        _ => 0,
+                    };
+                    flight.cut |= end > cells;
+                }
+            }
+            // A disk that shrank may answer of before.
+            What::Status { .. } if flight.cut => {}
             What::Status { began, first, count } => {
                 if let Err(text) = check_status(model, began, first, count, reply, self.world.image()) {
                     self.world.fail(text);

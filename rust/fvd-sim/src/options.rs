@@ -41,10 +41,12 @@ pub enum Kind {
     Drain,
     /// Every block goes back to the base.
     Empty,
+    /// The disk shrinks.
+    Shrink,
 }
 
 /// Number of [`Kind`]s.
-pub const KINDS: usize = 15;
+pub const KINDS: usize = 16;
 
 /// What the base is to the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +122,8 @@ pub struct Options {
     pub fail_percent: u64,
     /// In how many of 100 sessions the power goes.
     pub cut_percent: u64,
+    /// Chunks keep their storage when they are discarded.
+    pub discard_no_unref: bool,
     /// A discard leaves the data as it was, in how many of 100 cases.
     pub discard_ignored_percent: u64,
 }
@@ -165,7 +169,7 @@ impl Options {
             _ => base_sectors,
         };
         let mut limits = host_limits(p, bytes);
-        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0];
+        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0, 1];
         for (kind, weight) in weights.iter_mut().enumerate() {
             let keep = kind == Kind::Write as usize || p.chance(75);
             *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };
@@ -212,6 +216,7 @@ impl Options {
             fail_percent: p.pick(&[0, 0, 30, 60]),
             cut_percent: p.pick(&[50, 80, 100]),
             discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
+            discard_no_unref: p.one_in(5),
         }
     }
 

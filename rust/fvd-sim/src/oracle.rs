@@ -92,6 +92,11 @@ impl Oracle {
         self.cells.extend(tags.into_iter().map(cell));
     }
 
+    /// Fewer cells.
+    pub fn shrink(&mut self, count: usize) {
+        self.cells.truncate(count);
+    }
+
     /// Number of cells.
     pub fn len(&self) -> usize {
         self.cells.len()

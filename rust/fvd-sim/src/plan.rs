@@ -57,6 +57,11 @@ pub enum Act {
         /// How many; a multiple of 512 bytes.
         cells: u64,
     },
+    /// Shrinks the disk by so many cells; it keeps some.
+    Shrink {
+        /// How many; a multiple of 512 bytes.
+        cells: u64,
+    },
     /// Records another name of the base.
     ChangeBase,
     /// Gives every block back to the base.

@@ -169,7 +169,7 @@ impl<'a> Run<'a> {
         let options = self.options;
         let mut limits = [Limits::default(); FILES];
         (limits[0], limits[2]) = (options.limits[0], options.limits[1]);
-        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, batch_pages: options.batch_pages, commit_interval_ns: options.commit_interval_ns, ..Config::default() }
+        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, batch_pages: options.batch_pages, commit_interval_ns: options.commit_interval_ns, discard_no_unref: options.discard_no_unref, ..Config::default() }
     }
 
     pub(crate) fn setup(&self, seed: u64, number: usize) -> Setup {
@@ -339,7 +339,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The image is open: its size is the one it had, or the one that a growth may have left.
+    /// The image is open: its size is the one it had, or the one that a resize may have left.
     pub(crate) fn opened(&mut self, world: &Rc<World>) -> Verdict<()> {
         let info = world.image().info().map_err(|error| error.to_string())?;
         if !info.was_clean {
@@ -349,7 +349,7 @@ impl<'a> Run<'a> {
         let cells = info.header.virtual_size / self.options.cell;
         if let Some(to) = self.maybe_cells.take().filter(|to| *to == cells) {
             let model = &mut *self.model.as_ref().expect("made").borrow_mut();
-            model.grow(self.cells, to, info.header.pristine);
+            model.resize(self.cells, to, info.header.pristine);
             self.cells = to;
         }
         if cells != self.cells {
@@ -424,7 +424,10 @@ impl<'a> Run<'a> {
     pub(crate) fn read_all(&mut self, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<Option<()>> {
         let model = self.model();
         let (windows, cell) = (model.borrow().geometry.windows.clone(), self.options.cell);
-        for window in windows {
+        let cells = world.image().info().map_err(|error| error.to_string())?.header.virtual_size / cell;
+        for mut window in windows.into_iter().filter(|w| w.first < cells) {
+            // The disk may have shrunk.
+            window.count = window.count.min(cells - window.first);
             let buf = Buf::new(vec![0xee; (window.count * cell) as usize], 0);
             world.submit(0, Request::Read { offset: window.first * cell, buf: buf.clone() }, RequestId::MAX);
             let Some(outcome) = until_done(world, RequestId::MAX, cut)? else { return Ok(None) };

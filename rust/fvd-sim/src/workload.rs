@@ -96,6 +96,7 @@ impl Draw<'_> {
             k if k == Kind::Read as usize => Act::Read { first, count },
             k if k == Kind::Status as usize => Act::Status { first, count },
             k if k == Kind::Grow as usize && !early => self.grow(),
+            k if k == Kind::Shrink as usize && !early => self.shrink(),
             k if k == Kind::ChangeBase as usize => Act::ChangeBase,
             k if k == Kind::Empty as usize => Act::Empty,
             k if k == Kind::Check as usize => Act::Check,
@@ -116,6 +117,23 @@ impl Draw<'_> {
         self.geometry.grow(self.cells, self.cells + cells);
         self.cells += cells;
         Act::Grow { cells }
+    }
+
+    fn shrink(&mut self) -> Act {
+        let sector = 512 / self.options.cell;
+        let p = &mut self.prng;
+        let chunk = (u64::from(self.options.chunk_size) / self.options.cell).max(sector);
+        let cells = match p.below(8) {
+            0 => p.between(1, 5000) * sector,
+            1 | 2 => p.between(1, 3) * chunk,
+            _ => p.between(1, 40) * sector,
+        };
+        // Growth follows, sooner or later: the guest's windows stay as they are drawn.
+        if cells < self.cells {
+            self.geometry.shrink(self.cells - cells);
+            self.cells -= cells;
+        }
+        Act::Shrink { cells }
     }
 
     /// Where a request is: within one window.

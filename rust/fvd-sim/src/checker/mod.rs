@@ -39,6 +39,19 @@ impl Model {
     }
 }
 
+impl Model {
+    /// The disk shrank.
+    pub fn shrink(&mut self, to: u64) {
+        self.geometry.shrink(to);
+        self.oracle.shrink(self.geometry.total());
+    }
+
+    /// The disk has another size.
+    pub fn resize(&mut self, from: u64, to: u64, pristine: bool) {
+        if to < from { self.shrink(to) } else { self.grow(from, to, pristine) }
+    }
+}
+
 /// What a session may do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {

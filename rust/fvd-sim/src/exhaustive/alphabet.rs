@@ -10,6 +10,8 @@ pub const BLOCK: u64 = 8;
 pub const DISK: u64 = 4 * BLOCK;
 /// Cells by which it grows.
 pub const GROWTH: u64 = 2 * BLOCK;
+/// Cells by which it shrinks: the first time, the end comes into a block that the base reaches.
+pub const SHRINKAGE: u64 = BLOCK + 2;
 /// Cells of the first base: it ends within a block.
 pub const SHORT: u64 = 2 * BLOCK + 4;
 /// Cells of the longer base: it ends beyond the disk as made, within the disk as grown.
@@ -77,6 +79,9 @@ pub const ALPHABET: &[(&str, Do)] = &[
     ("shim+flush", Do::Shim(&[write(12, 3), Act::Flush])),
     ("shim+discard", Do::Shim(&[write(9, 2), Act::Discard { first: BLOCK, count: BLOCK }])),
     ("grow+write", Do::Together(&[Act::Grow { cells: GROWTH }, write(3 * BLOCK + 4, 4)])),
+    ("shrink", Do::Together(&[Act::Shrink { cells: SHRINKAGE }])),
+    ("shrink+write", Do::Newest(&[Act::Shrink { cells: SHRINKAGE }, write(2 * BLOCK + 4, 6), Act::Read { first: BLOCK, count: 2 * BLOCK }])),
+    ("shrink+shim", Do::Shim(&[write(3 * BLOCK - 2, 2 + BLOCK), Act::Shrink { cells: SHRINKAGE }, write(6, 4)])),
     ("rebase", Do::Rebase),
     ("empty", Do::Empty),
     ("empty+shim", Do::EmptyBesideShim),

@@ -172,7 +172,7 @@ impl Judge<'_> {
             }
         }
         self.poison(world)?;
-        self.failed_growth(guest, world)?;
+        self.failed_resize(guest, world)?;
         let failed = errors.into_iter().map(|(step, _)| step);
         if self.case.mode.passes() {
             return self.again(guest, world, failed.collect());
@@ -181,15 +181,15 @@ impl Judge<'_> {
         Ok(())
     }
 
-    /// A growth that failed without poisoning the image did not happen.
-    fn failed_growth(&self, guest: &mut Guest, world: &World) -> Verdict<()> {
+    /// A resize that failed without poisoning the image did not happen.
+    fn failed_resize(&self, guest: &mut Guest, world: &World) -> Verdict<()> {
         if guest.maybe_cells.is_none() || world.image().is_poisoned() {
             return Ok(());
         }
         guest.maybe_cells = None;
         let size = world.image().info().map_err(|error| error.to_string())?.header.virtual_size;
         if size != guest.cells * self.run.options.cell {
-            return Err(format!("a growth failed, and the disk has {size} bytes"));
+            return Err(format!("a resize failed, and the disk has {size} bytes"));
         }
         Ok(())
     }
@@ -199,7 +199,7 @@ impl Judge<'_> {
         let model = self.run.model();
         for step in steps {
             let poisoned = world.image().is_poisoned();
-            if poisoned && guest.maybe_cells.is_some() && matches!(step.act, Act::Grow { .. } | Act::Empty) {
+            if poisoned && guest.maybe_cells.is_some() && matches!(step.act, Act::Grow { .. } | Act::Shrink { .. } | Act::Empty) {
                 // The guest does not ask while it does not know its size.
                 continue;
             }

@@ -117,6 +117,11 @@ const LAYOUT: Steps = &[
     &[zero(100, 50, true, false), Act::Flush],
     &[Act::Empty],
     &[write(22, 7)],
+    &[Act::Shrink { cells: 6000 }],
+    &[write(230, 33), Act::Flush],
+    &[Act::Shrink { cells: 60 }, write(20, 9)],
+    &[Act::Grow { cells: 50 }],
+    &[write(212, 9)],
     &[Act::Check],
 ];
 
@@ -213,6 +218,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         commit_interval_ns: 5 * SECOND,
         latency: [Latency { spread: variant.spread, ..Latency::NONE }; 2],
         discard_ignored_percent: 0,
+        discard_no_unref: false,
         ..Options::draw(0)
     };
     Rc::new(Plan { options, create_cuts: Vec::new(), sessions: Vec::new() })
