@@ -140,12 +140,14 @@ pub enum Fault {
     ShrinkWithoutNarrowing,
     /// A compact disk that grows leaves the rest of its last chunk as it is.
     GrowthKeepsChunkRest,
+    /// A growth step that was opened ahead of need is used before the reach says so (R6).
+    StepAheadUsedEarly,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 65] = [
+    pub const ALL: [Fault; 66] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -211,5 +213,6 @@ impl Fault {
         Self::ShrinkKeepsBits,
         Self::ShrinkWithoutNarrowing,
         Self::GrowthKeepsChunkRest,
+        Self::StepAheadUsedEarly,
     ];
 }
