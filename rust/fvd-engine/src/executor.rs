@@ -31,6 +31,8 @@ pub(crate) enum Job<B> {
     Checkpoint,
     /// Gives the storage of freed chunks back to the host.
     Punch,
+    /// Opens a growth step ahead of need.
+    Step,
 }
 
 #[derive(Default)]

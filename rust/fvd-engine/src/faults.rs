@@ -154,12 +154,14 @@ pub enum Fault {
     ShrinkWithoutNarrowing,
     /// A compact disk that grows leaves the rest of its last chunk as it is.
     GrowthKeepsChunkRest,
+    /// A growth step that was opened ahead of need is used before the reach says so (R6).
+    StepAheadUsedEarly,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 72] = [
+    pub const ALL: [Fault; 73] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -232,5 +234,6 @@ impl Fault {
         Self::ShrinkKeepsBits,
         Self::ShrinkWithoutNarrowing,
         Self::GrowthKeepsChunkRest,
+        Self::StepAheadUsedEarly,
     ];
 }

@@ -19,6 +19,10 @@ pub(crate) async fn run<H: Host>(queue: &Rc<Queue<H>>, job: Job<H::Buf>) -> Resu
             queue.punch().await;
             Ok(Reply::Done)
         }
+        Job::Step => {
+            queue.step_ahead().await;
+            Ok(Reply::Done)
+        }
         Job::Checkpoint => {
             queue.background_checkpoint().await;
             Ok(Reply::Done)

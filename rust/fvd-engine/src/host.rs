@@ -276,6 +276,13 @@ pub trait Host: 'static {
     fn set_timer(&self, at_ns: u64);
     /// A message for people.
     fn log(&self, level: LogLevel, text: &str);
+    /// Storage that does not grow by itself is nearly used up: `free` bytes of it are left, and the image
+    /// could use `wanted` more. Whoever can makes the file or device longer; the engine measures it
+    /// again when the rest is used up, and writes that find no room fail with `NoSpace` and may be tried
+    /// again. Called once, and again only after the storage grew and was used. Optional.
+    fn low_space(&self, free: u64, wanted: u64) {
+        let _ = (free, wanted);
+    }
 }
 
 /// Asks a queue's thread, from any thread, to call [`Queue::run`](crate::Queue::run) soon.

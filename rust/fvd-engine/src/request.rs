@@ -268,4 +268,8 @@ pub struct Stats {
     pub flush_waits: u64,
     /// Bytes read from the base.
     pub base_bytes: u64,
+    /// Growth steps opened, in a compact image.
+    pub growth_steps: u64,
+    /// Of these, opened ahead of need.
+    pub steps_ahead: u64,
 }

@@ -25,6 +25,9 @@ use std::rc::Rc;
 /// shorter ones are not worth a sync.
 const FRESH_RUN_MIN: u64 = 16;
 
+/// The next step is opened when less than one part in so many of a step is left.
+const LOW_WATER: u64 = 4;
+
 /// Chunks handed out: nobody else has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Taken {
@@ -48,6 +51,13 @@ pub(crate) struct Space {
     /// Where the next chunks come from.
     current: (u64, u64),
     current_fresh: bool,
+    /// A growth step opened ahead of need, and whether it is fresh.
+    next: Option<(u64, u64, bool)>,
+    /// One is being opened.
+    ahead: bool,
+    /// The host knows that the storage is used up, or a step could not be opened: no further attempt
+    /// ahead of need until one succeeds.
+    told: bool,
     /// Storage chunks below the reach.
     end: u64,
 }
@@ -72,6 +82,16 @@ impl Space {
         let count = most.min(end - start);
         self.current.0 += count;
         (count > 0).then_some(Taken { id: start, count, fresh: self.current_fresh })
+    }
+
+    /// Chunks left of the current run.
+    fn left(&self) -> u64 {
+        self.current.1 - self.current.0
+    }
+
+    /// Whether what can be handed out at once is less than a quarter of a step of `unit` chunks.
+    fn runs_low(&self, unit: u64) -> bool {
+        self.next.is_none() && self.free.is_empty() && self.unpunched.is_empty() && !self.punching && self.left() * LOW_WATER < unit
     }
 
     /// Hands out exactly `count` chunks one behind the other, of freed ones.
@@ -110,7 +130,7 @@ impl Space {
     /// Bytes of what is neither used nor waits for a commit, in chunks.
     pub(crate) fn free_chunks(&self) -> u64 {
         let runs = self.free.iter().chain(&self.unpunched).map(|(start, end)| end - start).sum::<u64>();
-        runs + (self.current.1 - self.current.0)
+        runs + self.left() + self.next.map_or(0, |(start, end, _)| end - start)
     }
 }
 
@@ -122,6 +142,13 @@ pub(crate) fn chunks_of_regions(header: &Header) -> Vec<(u64, u64)> {
 }
 
 impl Meta {
+    /// Whether the next growth step should be opened ahead of need: freed chunks come before new storage.
+    fn runs_low(&self) -> bool {
+        let header = self.header.as_ref().expect("open image");
+        let unit = header.storage_grow_unit / u64::from(header.chunk_size);
+        !self.frees_wait() && self.space.as_ref().is_some_and(|space| space.runs_low(unit))
+    }
+
     /// Whether chunks wait for a commit to be free.
     fn frees_wait(&self) -> bool {
         !self.pending.freed.is_empty() || self.frees_on_way
@@ -181,7 +208,10 @@ impl<H: Host> Queue<H> {
             self.ensure_space().await?;
             let taken = self.image().meta().space.as_mut().expect("looked for").take(most);
             match taken {
-                Some(taken) => return Ok(taken),
+                Some(taken) => {
+                    self.look_ahead();
+                    return Ok(taken);
+                }
                 None => self.supply(most).await?,
             }
         }
@@ -193,11 +223,19 @@ impl<H: Host> Queue<H> {
         self.ensure_space().await?;
         let image = self.image().clone();
         let _one_at_a_time = image.space_lock.lock().await;
-        let found = image.meta().space.as_mut().expect("looked for").take_whole(count);
+        let found = {
+            let mut meta = image.meta();
+            let space = meta.space.as_mut().expect("looked for");
+            space.take_whole(count).or_else(|| {
+                let (start, end, _) = space.next.take()?;
+                space.give_back(Taken { id: start, count: end - start, fresh: false });
+                space.take_whole(count)
+            })
+        };
         match found {
             Some(id) => Ok(id),
             None => {
-                let (start, end, _) = self.open_step(count).await?;
+                let (start, end, _) = self.open_step(count, false).await?;
                 if end - start < count {
                     image.meta().space.as_mut().expect("looked for").give_back(Taken { id: start, count: end - start, fresh: false });
                     return fail(Kind::NoSpace, format!("no {count} chunks in a row are free for metadata"));
@@ -222,10 +260,17 @@ impl<H: Host> Queue<H> {
                 if space.current.0 < space.current.1 {
                     return Ok(());
                 }
-                space.take_run()
+                match space.take_run() {
+                    Some((start, end)) => Some((start, end, None)),
+                    // Opened ahead: nobody waits.
+                    None => space.next.take().map(|(start, end, fresh)| (start, end, Some(fresh))),
+                }
             };
-            if let Some((start, end)) = run {
-                let fresh = self.freshen(start, end).await;
+            if let Some((start, end, fresh)) = run {
+                let fresh = match fresh {
+                    Some(fresh) => fresh,
+                    None => self.freshen(start, end).await,
+                };
                 let mut meta = image.meta();
                 let space = meta.space.as_mut().expect("looked for");
                 (space.current, space.current_fresh) = ((start, end), fresh);
@@ -244,7 +289,7 @@ impl<H: Host> Queue<H> {
                 break;
             }
         }
-        let (start, end, fresh) = self.open_step(want).await?;
+        let (start, end, fresh) = self.open_step(want, false).await?;
         let mut meta = image.meta();
         let space = meta.space.as_mut().expect("looked for");
         (space.current, space.current_fresh) = ((start, end), fresh);
@@ -271,9 +316,50 @@ impl<H: Host> Queue<H> {
         }
     }
 
+    /// Opens the next growth step in the background when the current run is nearly used up, so that no
+    /// guest write waits for the syncs of a step.
+    fn look_ahead(self: &Rc<Self>) {
+        let image = self.image();
+        let start = {
+            let mut meta = image.meta();
+            let low = meta.runs_low() && !image.is_poisoned();
+            let space = meta.space.as_mut().expect("looked for");
+            low && !space.told && !std::mem::replace(&mut space.ahead, true)
+        };
+        if start {
+            self.spawn(Job::Step);
+        }
+    }
+
+    /// Opens a growth step ahead of need, if it is still wanted.
+    pub(crate) async fn step_ahead(self: &Rc<Self>) {
+        let image = self.image().clone();
+        let _one_at_a_time = image.space_lock.lock().await;
+        // By now another may have supplied chunks, or a header without a reach is to be changed first.
+        let wanted = image.meta().runs_low() && !image.header().pristine && image.check_poison().is_ok();
+        let opened = if wanted { self.open_step(1, true).await.map(Some) } else { Ok(None) };
+        let mut meta = image.meta();
+        let space = meta.space.as_mut().expect("looked for");
+        space.ahead = false;
+        match opened {
+            Ok(None) => {}
+            Ok(next) => {
+                space.next = next;
+                meta.stats.steps_ahead += 1;
+            }
+            Err(error) => {
+                space.told = true;
+                drop(meta);
+                if error.kind != Kind::NoSpace {
+                    self.host().log(LogLevel::Warning, &error.context("opening a growth step ahead of need").text);
+                }
+            }
+        }
+    }
+
     /// Opens a growth step of at least `want` chunks if the storage has them: first and end, and
     /// whether they are fresh (R6). The caller holds the lock of space.
-    async fn open_step(self: &Rc<Self>, want: u64) -> Result<(u64, u64, bool)> {
+    async fn open_step(self: &Rc<Self>, want: u64, ahead: bool) -> Result<(u64, u64, bool)> {
         let image = self.image().clone();
         let header = image.header();
         let limits = *image.limits(FileId::Image);
@@ -285,6 +371,14 @@ impl<H: Host> Queue<H> {
             end = end.min(header.chunks_below(length));
         }
         if end <= start {
+            let free = {
+                let mut meta = image.meta();
+                let space = meta.space.as_mut().expect("looked for");
+                (!std::mem::replace(&mut space.told, true)).then(|| space.free_chunks())
+            };
+            if let Some(free) = free {
+                self.host().low_space(free * u64::from(header.chunk_size), header.storage_grow_unit);
+            }
             let text = format!("no chunk of {} bytes is free: the storage has {length} bytes, {start} chunks are in use", header.chunk_size);
             return fail(Kind::NoSpace, text);
         }
@@ -311,9 +405,14 @@ impl<H: Host> Queue<H> {
                 meta.pending.reach = meta.pending.reach.max(Some(to));
                 meta.pending.data_first = true;
             }
-            self.commit_metadata().await?;
+            if !(ahead && faulty!(image, StepAheadUsedEarly)) {
+                self.commit_metadata().await?;
+            }
         }
-        image.meta().space.as_mut().expect("looked for").end = end;
+        let mut meta = image.meta();
+        meta.stats.growth_steps += 1;
+        let space = meta.space.as_mut().expect("looked for");
+        (space.end, space.told) = (end, false);
         Ok((start, end, fresh))
     }
 

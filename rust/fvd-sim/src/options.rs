@@ -86,6 +86,8 @@ pub struct Options {
     pub step_chunks: u64,
     /// Storage that does not grow: bytes behind the metadata.
     pub fixed_room: u64,
+    /// It is made longer by as much when the engine says that it is nearly used up.
+    pub grows_when_told: bool,
     /// Journal: bytes.
     pub journal_size: u64,
     /// Blocks that are zero in the base are found at creation.
@@ -217,6 +219,7 @@ impl Options {
             cut_percent: p.pick(&[50, 80, 100]),
             discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
             discard_no_unref: p.one_in(5),
+            grows_when_told: p.chance(50),
         }
     }
 

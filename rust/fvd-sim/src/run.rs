@@ -180,6 +180,7 @@ impl<'a> Run<'a> {
             latency: options.latency,
             inline_percent: options.inline_percent,
             discard_ignored_percent: options.discard_ignored_percent,
+            grows_when_told: if options.grows_when_told { options.fixed_room.min(256 << 10) } else { 0 },
             trace: self.trace,
             ..Setup::scripted(self.bytes.clone(), self.base(number), self.config(false))
         }

@@ -16,4 +16,7 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (5028, "a base that failed to answer was taken for none when the image got its bitmap (BaseErrorIsNone)"),
     (7034, "a read-only check took a header copy that a cut tore for damage"),
     (41426565118001, "write-zeroes up to an unaligned end of the covered part filled the front of its last block from the base"),
+    (23, "a page of the table, in place by a checkpoint cut short, names storage that only a later commit's reach covers"),
+    (52, "a header update that ended after a commit had raised the reach took it back in memory"),
+    (318, "a disk grew while the freeing of its last chunk was not committed, and a cut brought the chunk's old bytes back"),
 ];

@@ -12,6 +12,7 @@ mod files;
 
 use crate::checker::Checker;
 use crate::clock::Latency;
+use crate::content::GARBAGE_BYTE;
 use crate::disk::{Change, Disk, Keep};
 use crate::geometry::Base;
 use crate::memory::Buf;
@@ -99,6 +100,8 @@ pub struct Setup {
     pub failures: Failures,
     /// A discard leaves the data as it was, in how many of 100 cases.
     pub discard_ignored_percent: u64,
+    /// The storage gets so many bytes longer whenever the engine says that it is nearly used up.
+    pub grows_when_told: u64,
     /// Keep a text of everything that happens.
     pub trace: bool,
 }
@@ -117,6 +120,7 @@ impl Setup {
             inline_percent: 0,
             failures: Failures::default(),
             discard_ignored_percent: 0,
+            grows_when_told: 0,
             trace: false,
         }
     }
@@ -248,6 +252,15 @@ impl Host for SimHost {
     }
     fn set_timer(&self, at_ns: u64) {
         self.world.inner.borrow_mut().timers[self.queue] = at_ns;
+    }
+    fn low_space(&self, free: u64, wanted: u64) {
+        let inner = &mut *self.world.inner.borrow_mut();
+        inner.note(3, [free, wanted, 0, 0], || format!("{free} bytes of storage are left, {wanted} are wanted"));
+        // A device that got longer: at once, and for good.
+        let (at, more) = (inner.disk.view.len(), inner.setup.grows_when_told);
+        for store in [&mut inner.disk.stable, &mut inner.disk.view].into_iter().filter(|_| more > 0) {
+            store.fill_pages(at, more, GARBAGE_BYTE);
+        }
     }
     fn log(&self, level: LogLevel, text: &str) {
         self.world.inner.borrow_mut().say(|| format!("log {level:?}: {text}"));

@@ -219,6 +219,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         latency: [Latency { spread: variant.spread, ..Latency::NONE }; 2],
         discard_ignored_percent: 0,
         discard_no_unref: false,
+        grows_when_told: false,
         ..Options::draw(0)
     };
     Rc::new(Plan { options, create_cuts: Vec::new(), sessions: Vec::new() })
