@@ -66,7 +66,8 @@ impl<H: Host> Queue<H> {
                 // The rest of the last page was never written.
                 self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new(), header.data_offset).await?;
             }
-            let end = length.min(new_end);
+            // A write that a power cut tore may have left the file any length.
+            let end = ceil(length, PAGE_SIZE as u64).min(new_end);
             if old_end < end && !faulty!(image, GrowthShowsOldBytes) {
                 self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
             }

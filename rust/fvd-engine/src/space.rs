@@ -15,9 +15,9 @@ use crate::error::{Kind, Result};
 use crate::executor::{Job, Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::{Image, Meta, faulty};
-use crate::io::bare;
+use crate::io::{bare, ceil};
 use crate::table::{ENTRY_BITS, EntryRun};
-use fvd_format::limits::CHUNKS_MAX;
+use fvd_format::limits::{CHUNKS_MAX, PAGE_SIZE};
 use fvd_format::Header;
 use std::rc::Rc;
 
@@ -387,7 +387,7 @@ impl<H: Host> Queue<H> {
         if from < length && (limits.cheap_zeroing || limits.grows_zeroed) {
             // Whatever lies behind the reach is not ours, or was never recorded.
             if !faulty!(image, StepNotZeroed) {
-                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, from, length.min(to) - from)).await?;
+                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, from, ceil(length, PAGE_SIZE as u64).min(to) - from)).await?;
             }
             fresh = true;
         }

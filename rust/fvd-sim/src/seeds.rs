@@ -19,4 +19,5 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (23, "a page of the table, in place by a checkpoint cut short, names storage that only a later commit's reach covers"),
     (52, "a header update that ended after a commit had raised the reach took it back in memory"),
     (318, "a disk grew while the freeing of its last chunk was not committed, and a cut brought the chunk's old bytes back"),
+    (7326, "growth zeroed up to the end of a file that a torn write had left at an odd length"),
 ];
