@@ -137,7 +137,8 @@ def on_both(name):
     return wrap
 
 
-OPTIONS = ["block_size=4k,journal_size=1M", "block_size=64k,journal_size=1M", "block_size=2M,journal_size=1M"]
+OPTIONS = ["block_size=4k,journal_size=1M", "block_size=64k,journal_size=1M", "block_size=2M,journal_size=1M",
+           "compact_image=on,chunk_size=128k,block_size=16k,journal_size=1M"]
 
 # --- qemu-img commit ------------------------------------------------------------
 

@@ -526,7 +526,8 @@ with suite.test("a full disk: writes and flushes fail with ENOSPC, nothing is lo
         raise Skip("mount")
     try:
         filler = os.path.join(mount, "filler")
-        for words in ([], ["-b", suite.path("base.raw"), "-F", "raw"]):
+        for words in ([], ["-b", suite.path("base.raw"), "-F", "raw"], ["-o", "compact_image=on,chunk_size=64k"],
+                      ["-o", "compact_image=on,chunk_size=64k", "-b", suite.path("base.raw"), "-F", "raw"]):
             path = os.path.join(mount, "n.img")
             img("create", "-q", "-f", "fvd", *words, *(["-o", "journal_size=1M"] if words else []), path, "16M")
             with open(filler, "wb") as f:

@@ -455,7 +455,8 @@ def cut_session(runner, wanted, counts, canaries):
     counts.guest_flushes += sum(1 for f in history.flushes if f[1] is not None)
     units = [e.offset for e in entries if e.changes and e.offset in runner.journal]
     counts.reused += len(units) - len(set(units))
-    check(counts.guest_flushes > 0 and len(entries) > setup.operations, "the session was idle")
+    # Not every operation reaches the file: some discards are ignored.
+    check(counts.guest_flushes > 0 and len(entries) > setup.operations // 2, "the session was idle: %d entries", len(entries))
     points = runner.points(wanted)
     counts.whole_sessions += runner.every_flush
     follow = rnd.choice([p for p, full in points if full])
