@@ -286,6 +286,9 @@ impl Host for TestHost {
     fn set_timer(&self, at_ns: u64) {
         self.0.timer.set(at_ns);
     }
+    fn low_space(&self, free: u64, wanted: u64) {
+        self.0.log.borrow_mut().push(format!("low space: {free} of {wanted}"));
+    }
     fn log(&self, _: LogLevel, text: &str) {
         self.0.log.borrow_mut().push(text.to_owned());
     }

@@ -279,6 +279,56 @@ fn discarded_chunks_keep_their_place_if_asked_to() {
     }
 }
 
+fn in_chunks() -> CreateParams {
+    CreateParams { virtual_size: Some(16 * MIB), compact: true, chunk_size: 64 << 10, storage_grow_unit: MIB, ..CreateParams::default() }
+}
+
+#[test]
+fn growth_steps_are_opened_before_they_are_needed() {
+    let sim = Sim::new(in_chunks(), None);
+    for i in 0..100 {
+        sim.write(i * 64 * KIB, tagged(2, i * 64 * KIB, 64 * KIB));
+        // What runs in the background ends between two writes.
+        while sim.world.step(&sim.queue) {}
+    }
+    let stats = sim.stats();
+    assert_eq!((stats.growth_steps, stats.steps_ahead), (7, 6), "only the first one was waited for");
+    assert_eq!(sim.info().free_chunks, Some(7 * 16 - 100));
+    sim.close();
+}
+
+#[test]
+fn who_can_add_storage_is_told_before_it_is_used_up() {
+    let limits = Limits { grows_zeroed: false, ..Limits::default() };
+    let noise = |bytes: &mut Store, from: u64, to: u64| (from..to).step_by(4096).for_each(|at| bytes.write(at, &tagged(99, at, 4096)));
+    let mut bytes = Store::default();
+    noise(&mut bytes, 0, 6 * MIB);
+    let world = World::new(bytes, None, 1, limits);
+    let queue = world.queue(Config::default());
+    world.request(&queue, Request::Create(Box::new(CreateParams { journal_size: MIB, ..in_chunks() }))).unwrap().unwrap();
+    let bytes = world.disk.borrow().stable.clone();
+    let sim = Sim::try_open(&bytes, None, limits, Config::default()).unwrap();
+    let write = |i: u64| {
+        let result = sim.ask(Request::Write { offset: i * 64 * KIB, buf: Buf::new(tagged(2, i * 64 * KIB, 64 * KIB)), fua: false });
+        while sim.world.step(&sim.queue) {}
+        result
+    };
+    let told = || sim.world.log.borrow().iter().filter(|text| text.starts_with("low space")).count();
+    let full = (0..).find(|i| write(*i).is_err_and(|error| error.kind == Kind::NoSpace)).unwrap();
+    assert_eq!(told(), 1, "once: {:?}", sim.world.log.borrow());
+    assert!(write(full).is_err() && told() == 1);
+    // Storage that got longer is found at the next write, and the host hears of its end again.
+    let end = sim.world.disk.borrow().stable.len;
+    noise(&mut sim.world.disk.borrow_mut().stable, end, end + MIB);
+    noise(&mut sim.world.disk.borrow_mut().view, end, end + MIB);
+    let more = (full..).find(|i| write(*i).is_err()).unwrap();
+    assert_eq!((more - full, told()), (16, 2));
+    for i in 0..more {
+        same(&sim.read(i * 64 * KIB, 64 * KIB), &tagged(2, i * 64 * KIB, 64 * KIB), "what was written");
+    }
+    sim.close();
+}
+
 /// Shrinks a full disk to a size within a block and a chunk, and lets it grow again.
 fn shrink_and_grow(compact: bool) {
     let small = MIB + 512 * 3;
