@@ -415,10 +415,20 @@ impl Image {
     fn publish_rebuilt(&self, old: &Header, fill: Fill, map_words: Vec<u64>) {
         let header = self.header();
         let map = &self.map;
-        map.block_shift.store(if header.block_size == 0 { 0 } else { header.block_size.trailing_zeros() }, Ordering::Release);
+        // Without a bitmap it means nothing; whoever just read the old covered length still needs the old one.
+        if header.block_size > 0 {
+            map.block_shift.store(header.block_size.trailing_zeros(), Ordering::Release);
+        }
         let mut added = 0;
         for kind in MAPPED {
-            let Some(region) = header.region(kind) else { continue };
+            let Some(region) = header.region(kind) else {
+                if old.region(kind).is_some() {
+                    // A disk of nothing has no bitmap; one that it gets later, of blocks of another size
+                    // perhaps, begins with nothing.
+                    self.region(kind).clear();
+                }
+                continue;
+            };
             let (count, cell) = (bits_of(&header, kind), if kind == RegionKind::Table { &map.table } else { &map.bits });
             let bits = cell.get_or_init(|| Bits::new(count));
             bits.grow(count);

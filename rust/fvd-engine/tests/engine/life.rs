@@ -5,7 +5,7 @@ use crate::common::sim::*;
 use crate::common::*;
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FileId, HostOp, OpKind};
-use fvd_engine::{Config, Kind, Lookup, Request};
+use fvd_engine::{Config, CreateParams, Kind, Lookup, Request};
 use fvd_format::RegionKind;
 use fvd_format::header::HEADER_OFFSETS;
 
@@ -602,4 +602,35 @@ fn a_checkpoint_that_cannot_write_fails_flushes_but_loses_nothing() {
     }
     assert_eq!(sim.check(), (0, vec![]));
     sim.close();
+}
+
+/// A disk shrinks to nothing and grows again: nothing of before shows, and a check finds nothing.
+#[test]
+fn a_disk_of_nothing_grows_again() {
+    for is_compact in [false, true] {
+        let base = base_image(4096);
+        let params = CreateParams { chunk_size: if is_compact { 64 << 10 } else { 0 }, compact: is_compact, ..over_base(MIB) };
+        let sim = Sim::new(params, Some(base.clone()));
+        sim.write(3 * KIB, vec![9; 300 * KIB as usize]);
+        sim.flush();
+        sim.ask(Request::Check).unwrap();
+        let sim = Sim::open(&sim.close(), Some(base.clone()));
+        sim.write(5 * KIB, vec![8; 100 * KIB as usize]);
+        sim.write(900 * KIB, vec![8; 50 * KIB as usize]);
+        sim.ask(Request::Resize { size: 0, zeroed: false }).unwrap();
+        assert_eq!(sim.check(), (0, Vec::new()), "compact: {is_compact}");
+        sim.ask(Request::Resize { size: MIB / 2, zeroed: true }).unwrap();
+        assert_eq!(sim.read(0, MIB / 2), vec![0; MIB as usize / 2]);
+        assert_eq!(sim.check(), (0, Vec::new()), "compact: {is_compact}");
+        sim.write(7 * KIB, vec![6; 512]);
+        sim.ask(Request::ChangeBase { name: "other".into(), format: "raw".into() }).unwrap();
+        assert_eq!(sim.check(), (0, Vec::new()), "compact: {is_compact}");
+        let bytes = sim.close();
+        let sim = Sim::open(&bytes, Some(base));
+        let mut expect = vec![0; MIB as usize / 2];
+        expect[7 * KIB as usize..][..512].fill(6);
+        assert_eq!(sim.read(0, MIB / 2), expect);
+        assert_eq!(sim.check(), (0, Vec::new()), "compact: {is_compact}");
+        sim.close();
+    }
 }
