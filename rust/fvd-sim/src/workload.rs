@@ -11,7 +11,7 @@ use crate::prng::{Prng, mix};
 use crate::world::Failures;
 
 /// Outcomes of a power cut that are drawn beside the plan's own.
-const BRANCHES: u64 = 6;
+const BRANCHES: u64 = 4;
 
 /// Draws the plan of a seed.
 pub fn plan(seed: u64) -> Plan {
