@@ -10,6 +10,7 @@ use crate::bits::{Bits, Segment};
 use crate::image::{Image, State};
 use crate::lookup::Lookup;
 use crate::request::Config;
+use crate::table::ENTRY_BITS;
 use crate::sync::atomic::Ordering;
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
@@ -41,6 +42,23 @@ impl World {
         Arc::new(Self { image, place: UnsafeCell::new(0) })
     }
 
+    /// A compact image of one chunk: whether block 0 is in the image, and whether the chunk has storage,
+    /// in the same place of the file.
+    fn compact(present: bool, stored: bool) -> Arc<Self> {
+        let world = Self::new(present);
+        let map = &world.image.map;
+        map.chunk_shift.store(16, Ordering::Relaxed);
+        let table = Bits::new(ENTRY_BITS);
+        table.insert(0, Segment::initial());
+        table.set_entry(0, u32::from(stored));
+        assert!(map.table.set(table).is_ok());
+        world
+    }
+
+    fn table(&self) -> &Bits {
+        self.image.map.table.get().unwrap()
+    }
+
     /// A pass-through request for block 0; whether it was served.
     fn request(&self, write: bool) -> bool {
         match self.image.lookup(0, 0, BLOCK, write) {
@@ -68,8 +86,12 @@ fn model(preemptions: usize, test: impl Fn() + Send + Sync + 'static) {
 }
 
 fn with_guest(preemptions: usize, present: bool, write: bool, other: impl Fn(&World) + Send + Sync + 'static) {
+    with_guest_of(preemptions, move || World::new(present), write, other);
+}
+
+fn with_guest_of(preemptions: usize, make: impl Fn() -> Arc<World> + Send + Sync + 'static, write: bool, other: impl Fn(&World) + Send + Sync + 'static) {
     model(preemptions, move || {
-        let world = World::new(present);
+        let world = make();
         let guest = {
             let world = Arc::clone(&world);
             thread::spawn(move || world.request(write))
@@ -164,5 +186,39 @@ fn a_narrowing_waits_for_two_guests() {
         for guest in guests {
             guest.join().unwrap();
         }
+    });
+}
+
+/// A chunk gets storage (CC-52): whoever sees the entry sees the data, whoever sees the bit sees the entry.
+#[test]
+fn an_entry_is_seen_only_with_its_data() {
+    with_guest_of(4, || World::compact(true, false), false, |world| {
+        world.take();
+        world.table().set_entry(0, 1);
+    });
+    with_guest_of(4, || World::compact(false, false), false, |world| {
+        world.take();
+        world.table().set_entry(0, 1);
+        world.image.bits().write(0, 1, true);
+    });
+}
+
+/// The test above can fail.
+#[test]
+#[should_panic(expected = "Causality violation")]
+fn an_entry_before_its_data_is_found() {
+    with_guest_of(4, || World::compact(true, false), true, |world| {
+        world.table().set_entry(0, 1);
+        world.take();
+    });
+}
+
+/// A chunk whose storage is taken away (CC-54) is nobody's after the wait.
+#[test]
+fn a_cleared_entry_takes_the_chunk_away() {
+    with_guest_of(3, || World::compact(true, true), true, |world| {
+        world.table().set_entry(0, 0);
+        block_on(world.image.narrow());
+        world.take();
     });
 }
