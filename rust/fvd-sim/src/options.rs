@@ -176,6 +176,10 @@ impl Options {
             let keep = kind == Kind::Write as usize || p.chance(75);
             *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };
         }
+        if p.one_in(8) {
+            // A disk that keeps changing its size.
+            (weights[Kind::Grow as usize], weights[Kind::Shrink as usize]) = (5, 6);
+        }
         weights[Kind::ChangeBase as usize] = u64::from(p.one_in(6));
         weights[Kind::Empty as usize] = u64::from(base != BaseIs::None && p.one_in(8));
         weights[Kind::Attach as usize] = u64::from(base != BaseIs::None && p.one_in(8));
@@ -253,7 +257,8 @@ fn disk(p: &mut Prng, cell: u64, block: u64) -> (u64, Vec<u64>, u64) {
 
 /// The same for a disk of a few chunks, all of them in use; the last one is often partial.
 fn chunks(p: &mut Prng, cell: u64, chunk: u64) -> (u64, Vec<u64>, u64) {
-    let count = p.between(1, 6) * (32768 / chunk).max(1);
+    // Two or three, so that requests meet in one, or more.
+    let count = if p.one_in(4) { p.between(2, 3) } else { p.between(1, 6) * (32768 / chunk).max(1) };
     let sectors = (count * chunk / 512).saturating_sub(p.pick(&[0, 0, 1, 7, 33])).max(1);
     let cells = sectors * (512 / cell);
     let cells = if cell < 512 { cells.min(1200).next_multiple_of(512 / cell) } else { cells };
