@@ -3,7 +3,7 @@
 """The driver as people and management programs meet it: options, errors, QMP, locks, devices.
 
 Tests that need root (loop devices, a small tmpfs) are skipped without it. What is refused
-because a later issue brings it (snapshots, shrinking, compression, bitmaps, v1 images) must be
+because a later issue brings it (snapshots, compression, bitmaps, v1 images) must be
 refused clearly: the tests named "not yet" hold the text and fail when the feature arrives.
 
 Environment: see common.py.
@@ -233,14 +233,27 @@ with suite.test("bench, dd, compare, resize, convert with a base"):
     io(suite.path("w.img"), "read -q -P 0 4M 3M")
     check_clean(suite.path("w.img"))
 
+with suite.test("a disk shrinks only with --shrink; what was cut off is zero when it grows again"):
+    for options in ("compact_image=off", "compact_image=on,chunk_size=64k,storage_grow_unit=1M"):
+        path = suite.path("sh.img")
+        img("create", "-q", "-f", "fvd", "-b", suite.path("base.raw"), "-F", "raw", "-o", options, path, "8M")
+        io(path, "write -q -P 7 0 8M")
+        has(img("resize", "-q", "-f", "fvd", path, "3M", status=1), "--shrink")
+        io(path, "read -q -P 7 0 8M")
+        img("resize", "-q", "-f", "fvd", "--shrink", path, "3M")
+        io(path, "read -q 3M 512", status=1)
+        check_clean(path)
+        img("resize", "-q", "-f", "fvd", path, "8M")
+        io(path, "read -q -P 7 0 3M", "read -q -P 0 3M 5M")
+        check_clean(path)
+
 NOT_YET = [
     (["snapshot", "-c", "x", "w.img"], ["not supported"]),
-    (["resize", "-f", "fvd", "--shrink", "w.img", "1M"], ["shrink"]),
     (["convert", "-c", "-f", "raw", "-O", "fvd", "base.raw", "z.img"], ["Compression not supported"]),
     (["bitmap", "--add", "-f", "fvd", "w.img", "b"], ["not supported"]),
     (["amend", "-f", "fvd", "-o", "size=9M", "w.img"], ["does not support"]),
 ]
-with suite.test("not yet: snapshots, shrinking, compression, stored bitmaps, amend are refused clearly"):
+with suite.test("not yet: snapshots, compression, stored bitmaps, amend are refused clearly"):
     for words, parts in NOT_YET:
         has(local("qemu-img", *words, status=1), *parts)
     check_clean(suite.path("w.img"))

@@ -89,9 +89,12 @@ impl Space {
         self.current.1 - self.current.0
     }
 
-    /// Whether what can be handed out at once is less than a quarter of a step of `unit` chunks.
-    fn runs_low(&self, unit: u64) -> bool {
-        self.next.is_none() && self.free.is_empty() && self.unpunched.is_empty() && !self.punching && self.left() * LOW_WATER < unit
+    /// Whether what can be handed out at once is less than a quarter of a step of `unit` chunks, and less
+    /// than a disk of `chunks` chunks can still need.
+    fn runs_low(&self, unit: u64, chunks: u64) -> bool {
+        let used = self.end - self.free_chunks();
+        let quiet = self.next.is_none() && self.free.is_empty() && self.unpunched.is_empty() && !self.punching;
+        quiet && self.left() * LOW_WATER < unit && used + self.left() < chunks
     }
 
     /// Hands out exactly `count` chunks one behind the other, of freed ones.
@@ -146,7 +149,7 @@ impl Meta {
     fn runs_low(&self) -> bool {
         let header = self.header.as_ref().expect("open image");
         let unit = header.storage_grow_unit / u64::from(header.chunk_size);
-        !self.frees_wait() && self.space.as_ref().is_some_and(|space| space.runs_low(unit))
+        !self.frees_wait() && self.space.as_ref().is_some_and(|space| space.runs_low(unit, header.chunks()))
     }
 
     /// Whether chunks wait for a commit to be free.
