@@ -10,7 +10,7 @@ use fvd_format::double_write::{BATCH_PAGES_MAX, Batch, BatchEntry};
 use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::{self, PAYLOAD_BITS, PageHeader};
 use fvd_format::{Header, RegionKind};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 /// A page of a batch, sealed.
@@ -20,6 +20,8 @@ struct Sealed {
     bytes: Vec<u8>,
     /// Its write count before this batch.
     count_before: u32,
+    /// Its page-map bit, if this batch is the first to say that the page is stored.
+    first: Option<u64>,
 }
 
 impl<H: Host> Queue<H> {
@@ -206,6 +208,7 @@ impl Meta {
             all.extend(shared.filter(|p| *p < region(*kind).pages()).map(|p| (*kind, p)));
         }
         let all: Vec<_> = all.into_iter().filter_map(|index| self.stable_page(image, index).map(|page| (index, page))).collect();
+        let mut first = BTreeMap::new();
         if !faulty!(image, PageMapForgotten) {
             for ((kind, page), _) in &all {
                 let bit = region(*kind).map_first + page;
@@ -213,6 +216,7 @@ impl Meta {
                     let within = bit % PAYLOAD_BITS;
                     self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] |= 1 << (within % 64);
                     self.dirty_map_pages.insert(bit / PAYLOAD_BITS);
+                    first.insert((*kind, *page), bit);
                 }
             }
         }
@@ -228,21 +232,26 @@ impl Meta {
             let write_count = self.count_page(image, RegionKind::PageMap, index, before);
             self.page_map_counts[index as usize] = write_count;
             let place = PageHeader { kind: RegionKind::PageMap, generation: map.generation, index, write_count, checkpoint };
-            sealed.push(self.seal(header, place, before, &words));
+            sealed.push(self.seal(header, place, before, &words, None));
         }
         for ((kind, index), (words, before)) in all {
             let write_count = self.count_page(image, kind, index, before);
             self.replace_count(image, (kind, index), write_count);
             let place = PageHeader { kind, generation: region(kind).generation, index, write_count, checkpoint };
-            sealed.push(self.seal(header, place, before, &words));
+            sealed.push(self.seal(header, place, before, &words, first.get(&(kind, index)).copied()));
         }
         assert!(sealed.len() <= BATCH_PAGES_MAX);
         sealed
     }
 
-    /// Takes back the write counts of a batch that was not written.
+    /// Takes back the write counts of a batch that was not written, and the page-map bits that it would
+    /// have been the first to set: another batch may be written before its pages are (FMT-35).
     fn unseal(&mut self, image: &Image, sealed: &[Sealed]) {
         for page in sealed {
+            if let Some(bit) = page.first.filter(|_| !faulty!(image, PageMapAhead)) {
+                let within = bit % PAYLOAD_BITS;
+                self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] &= !(1 << (within % 64));
+            }
             let count = match page.kind {
                 RegionKind::PageMap => std::mem::replace(&mut self.page_map_counts[page.index as usize], page.count_before),
                 kind => self.replace_count(image, (kind, page.index), page.count_before),
@@ -264,8 +273,8 @@ impl Meta {
         count
     }
 
-    fn seal(&self, header: &Header, place: PageHeader, count_before: u32, words: &[u64]) -> Sealed {
+    fn seal(&self, header: &Header, place: PageHeader, count_before: u32, words: &[u64], first: Option<u64>) -> Sealed {
         let bytes = page::of_words(&header.uuid, &place, words);
-        Sealed { kind: place.kind, index: place.index, bytes, count_before }
+        Sealed { kind: place.kind, index: place.index, bytes, count_before, first }
     }
 }

@@ -146,6 +146,8 @@ pub enum Fault {
     FreedAtOnce,
     /// A commit that covers base data has one sync (R6).
     OneSyncOverBase,
+    /// The page map keeps saying that a page is stored whose batch was not written.
+    PageMapAhead,
     /// The file of a disk that shrinks is cut before the header says so (R6).
     ShrinkCutsFirst,
     /// A disk that shrinks keeps the bits and entries of what was cut off (FMT-30, FMT-76).
@@ -161,7 +163,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 73] = [
+    pub const ALL: [Fault; 74] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -230,6 +232,7 @@ impl Fault {
         Self::FreeWithoutNarrowing,
         Self::FreedAtOnce,
         Self::OneSyncOverBase,
+        Self::PageMapAhead,
         Self::ShrinkCutsFirst,
         Self::ShrinkKeepsBits,
         Self::ShrinkWithoutNarrowing,

@@ -176,7 +176,8 @@ impl<H: Host> Queue<H> {
         if whole < end {
             self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, base.wrapping_add(whole), end - whole)).await?;
         }
-        self.sync().await
+        // What is stable may name another chunk for it still.
+        self.commit_metadata().await
     }
 
     /// Grows a compact disk: the table gets more entries, which have no storage.

@@ -19,5 +19,7 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (23, "a page of the table, in place by a checkpoint cut short, names storage that only a later commit's reach covers"),
     (52, "a header update that ended after a commit had raised the reach took it back in memory"),
     (318, "a disk grew while the freeing of its last chunk was not committed, and a cut brought the chunk's old bytes back"),
+    (193165271166750, "a batch that failed left its page-map bit set, and the next one wrote it before the page (PageMapAhead)"),
+    (208463749988971, "the same where the last chunk had got other storage since"),
     (7326, "growth zeroed up to the end of a file that a torn write had left at an odd length"),
 ];
