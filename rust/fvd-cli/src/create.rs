@@ -94,6 +94,7 @@ pub fn run(args: &Create) -> Outcome {
             Preallocate::Falloc => Preallocation::Falloc,
             Preallocate::Full => Preallocation::Full,
         },
+        ..CreateParams::default()
     };
     let options = Options { direct: args.direct, ..host_options() };
     let mut printer = Printer::stderr(format!("creating '{}'", args.file.display()), args.progress);

@@ -5,7 +5,7 @@ use crate::bits::{Bits, Run, SEGMENT_MEMORY, SEGMENT_PAGES, Segment};
 use crate::error::{Error, Kind, Result};
 use crate::executor::Queue;
 use crate::host::{FileId, Host, LogLevel};
-use crate::image::{Image, Meta};
+use crate::image::{BadPage, Image, Meta};
 use crate::space::{chunks_of_regions, may_hold_data};
 use crate::table::EntryRun;
 use fvd_format::RegionKind;
@@ -18,6 +18,14 @@ impl Meta {
     pub(crate) fn is_stored(&self, bit: u64) -> bool {
         let within = bit % PAYLOAD_BITS;
         self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] >> (within % 64) & 1 == 1
+    }
+}
+
+impl Meta {
+    /// Says "stored" of page-map bit `bit`.
+    pub(crate) fn set_stored(&mut self, bit: u64) {
+        let within = bit % PAYLOAD_BITS;
+        self.page_map[(bit / PAYLOAD_BITS) as usize][(within / 64) as usize] |= 1 << (within % 64);
     }
 }
 
@@ -141,20 +149,20 @@ impl<H: Host> Queue<H> {
                 let index = first + i as u64;
                 let overlay = image.meta().overlay.get(&(kind, index)).cloned();
                 let bytes = overlay.unwrap_or_else(|| buf.to_vec(at + (i - from) * PAGE_SIZE, PAGE_SIZE));
-                let opened = page::open(&uuid, kind, region.generation, index, &bytes).map_err(Error::from);
-                let checked = opened.and_then(|header| match kind {
-                    RegionKind::Table => image.check_entries(&bytes[page::HEADER_SIZE..], below_reach, &own).map(|()| header),
-                    _ => Ok(header),
-                });
-                match checked {
+                let bad = match page::open(&uuid, kind, region.generation, index, &bytes) {
                     Ok(header) => {
                         segment.load_page(i as u64, &bytes[page::HEADER_SIZE..], header.write_count);
                         image.note_loaded(&header);
+                        let checked = if kind == RegionKind::Table { image.check_entries(&bytes[page::HEADER_SIZE..], below_reach, &own) } else { Ok(()) };
+                        checked.err().map(|error| BadPage::Entries(error.text))
                     }
-                    Err(error) => {
-                        self.host().log(LogLevel::Error, &error.to_string());
-                        segment.mark_bad(i as u64);
-                    }
+                    Err(error) => Some(BadPage::Unreadable(error.to_string())),
+                };
+                if let Some(bad) = bad {
+                    let (BadPage::Unreadable(text) | BadPage::Entries(text)) = &bad;
+                    self.host().log(LogLevel::Error, text);
+                    segment.mark_bad(i as u64);
+                    image.meta().bad_pages.insert((kind, index), bad);
                 }
             }
         }

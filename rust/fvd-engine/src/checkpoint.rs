@@ -99,6 +99,10 @@ impl<H: Host> Queue<H> {
             let sealed = meta.seal_batch(&image, &header, pages, checkpoint);
             (header, meta.last_batch + 1, sealed)
         };
+        if sealed.is_empty() {
+            // All of them are damaged: they are written when they are repaired.
+            return Ok(());
+        }
         let area = header.region(RegionKind::DoubleWrite).expect("image with a journal");
         if !faulty!(image, NoDoubleWrite) {
             let entries = sealed.iter().map(|p| BatchEntry { kind: p.kind, index: p.index, crc: page::stored_crc(&p.bytes) }).collect();

@@ -132,12 +132,20 @@ pub enum Fault {
     FreedAtOnce,
     /// A commit that covers base data has one sync (R6).
     OneSyncOverBase,
+    /// A repair drops every entry of a table page that has a wrong one.
+    RepairDropsGoodEntries,
+    /// A repair leaves a storage chunk with two guest chunks.
+    DoubleMappingKept,
+    /// A repair gives a guest chunk storage of its own without a copy of what it shared.
+    RepairCopyForgotten,
+    /// A repair writes pages while the header says that the double-write area does not count.
+    RepairWhileClean,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 61] = [
+    pub const ALL: [Fault; 65] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -199,5 +207,9 @@ impl Fault {
         Self::FreeWithoutNarrowing,
         Self::FreedAtOnce,
         Self::OneSyncOverBase,
+        Self::RepairDropsGoodEntries,
+        Self::DoubleMappingKept,
+        Self::RepairCopyForgotten,
+        Self::RepairWhileClean,
     ];
 }

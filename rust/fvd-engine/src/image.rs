@@ -51,6 +51,15 @@ pub(crate) struct Map {
 /// A page of a region.
 pub(crate) type PageId = (RegionKind, u64);
 
+/// Why a page cannot be used.
+#[derive(Clone, Debug)]
+pub(crate) enum BadPage {
+    /// Its bytes are not those of the page: nothing of it is known.
+    Unreadable(String),
+    /// It names storage that holds no guest data; the other entries count.
+    Entries(String),
+}
+
 /// Metadata that changes, and its three values: memory (in [`Map`]), frozen in the commit on its way,
 /// and stable.
 #[derive(Default)]
@@ -81,6 +90,14 @@ pub(crate) struct Meta {
     pub(crate) written: BTreeSet<PageId>,
     /// Pages that recovery found in the double-write area and a read-only open may not write back.
     pub(crate) overlay: BTreeMap<PageId, Vec<u8>>,
+    /// Loaded pages that cannot be used, and why.
+    pub(crate) bad_pages: BTreeMap<PageId, BadPage>,
+    /// Pages of the page map that are damaged, and why; memory has what could be told of them.
+    pub(crate) bad_map_pages: BTreeMap<u64, String>,
+    /// What recovery could not do with the journal. A writable image is only open to be repaired.
+    pub(crate) journal_damage: Option<String>,
+    /// Damage that the open itself repaired, of an image that was opened for repair.
+    pub(crate) mended_at_open: Vec<String>,
     /// Where the next commit goes.
     pub(crate) next_seq: u64,
     pub(crate) next_commit: u64,
@@ -244,6 +261,9 @@ impl Image {
     pub(crate) fn check_writable(&self) -> Result<()> {
         if self.config.read_only {
             return Err(Error::new(Kind::ReadOnly, "the image is open read-only"));
+        }
+        if let Some(text) = self.config.repair.then(|| self.meta().journal_damage.clone()).flatten() {
+            return Err(Error::new(Kind::Corrupt, format!("{text}; repair it first")));
         }
         self.check_poison()
     }

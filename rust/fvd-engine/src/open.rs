@@ -35,7 +35,7 @@ impl<H: Host> Queue<H> {
 
     async fn open_steps(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        let (header, behind) = self.read_header().await?;
+        let (header, behind, rotten) = self.read_header().await?;
         image.check_metadata_memory(&header)?;
         image.publish(&header);
         let clean = header.clean;
@@ -52,6 +52,8 @@ impl<H: Host> Queue<H> {
             // both must be good before.
             self.write_surely(HEADER_OFFSETS[copy - 1], &header.encode(copy)).await?;
             self.sync().await?;
+            // What a cut tore is no damage.
+            image.meta().mended_at_open.extend(rotten.filter(|_| image.config.repair && clean));
         }
         self.warn_of_base(&header).await?;
         if header.region(RegionKind::Journal).is_none() {
@@ -68,8 +70,9 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Reads page 0 and both header copies; says which copy is not the header that counts, if one is not.
-    async fn read_header(self: &Rc<Self>) -> Result<(Header, Option<usize>)> {
+    /// Reads page 0 and both header copies; says which copy is not the header that counts, if one is
+    /// not, and what is wrong with it if it is none.
+    async fn read_header(self: &Rc<Self>) -> Result<(Header, Option<usize>, Option<String>)> {
         let length = self.op(bare(crate::host::OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
         let start = self.read_own(FileId::Image, 0, 2 * PAGE_SIZE as u64).await?.0.to_vec(0, 2 * PAGE_SIZE);
         if start[..4] != MAGIC_V1 && start[..8] == fvd_format::header::MAGIC && length < HEADER_OFFSETS[1] + PAGE_SIZE as u64 {
@@ -83,7 +86,8 @@ impl<H: Host> Queue<H> {
             header = Header::decode(&zero.uuid, 1, one).unwrap_or(header);
         }
         let behind = [(1, one), (2, &two)].into_iter().find(|(copy, page)| Header::decode(&zero.uuid, *copy, page).ok().as_ref() != Some(&header));
-        Ok((header, behind.map(|(copy, _)| copy)))
+        let rotten = behind.and_then(|(copy, page)| Header::decode(&zero.uuid, copy, page).err()).map(|error| error.to_string());
+        Ok((header, behind.map(|(copy, _)| copy), rotten))
     }
 
     /// A base of another length than recorded is served as recorded; somebody should know.
@@ -130,16 +134,23 @@ impl<H: Host> Queue<H> {
                         image.note_loaded(&head);
                         pages.push(bytes[page::HEADER_SIZE..].chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))).collect());
                     }
+                    Err(error) if image.config.read_only || image.config.repair => {
+                        counts.push(0);
+                        pages.push(vec![0; page::PAYLOAD_WORDS].into());
+                        image.meta().bad_map_pages.insert(index, error.to_string());
+                    }
                     Err(error) => result = Err(error),
                 }
             });
             result?;
             first += n;
         }
-        let mut meta = image.meta();
-        meta.page_map = pages;
-        meta.page_map_counts = counts;
-        Ok(())
+        {
+            let mut meta = image.meta();
+            meta.page_map = pages;
+            meta.page_map_counts = counts;
+        }
+        if image.meta().bad_map_pages.is_empty() { Ok(()) } else { self.infer_page_map().await }
     }
 
     /// Commits, checkpoints and marks the image clean. A session that changed nothing writes

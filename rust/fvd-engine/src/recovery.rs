@@ -4,7 +4,7 @@
 //!
 //! A read-only open does the same in memory and writes nothing.
 
-use crate::bits::check_range;
+use crate::bits::{SEGMENT_PAGES, check_range};
 use crate::bits_load::check_entry;
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
@@ -19,6 +19,7 @@ use fvd_format::limits::PAGE_SIZE;
 use fvd_format::page::{self, PAYLOAD_BITS, PAYLOAD_ENTRIES};
 use fvd_format::{Header, RegionKind};
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 /// Metadata is read in windows of this many bytes where its length comes from the image.
 pub(crate) const WINDOW: usize = 256 << 10;
@@ -47,13 +48,16 @@ impl<H: Host> Queue<H> {
         let header = image.header();
         self.restore_batch(&header).await?;
         self.load_page_map().await?;
+        let bad_map_page = image.meta().bad_map_pages.keys().next().copied();
+        if let Some(index) = bad_map_page {
+            self.journal_damaged(format!("page {index} of the page map is damaged, and recovery would write there"))?;
+        }
         let scan = self.scan_journal(&header).await?;
         if scan.damaged {
-            let text = "the journal is damaged: valid units follow a bad one";
-            if !image.config.read_only {
-                return fail(Kind::Corrupt, format!("{text}; open read-only, or run a check"));
-            }
-            self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
+            self.journal_damaged(format!(
+                "the journal is damaged: valid units follow a bad one, unit {} (commit {}), and cannot be applied",
+                scan.next_seq, scan.next_commit
+            ))?;
         }
         if header.is_compact() {
             // A page in place may name storage that only a later commit's reach covers: the checkpoint
@@ -85,6 +89,11 @@ impl<H: Host> Queue<H> {
         if image.config.read_only {
             return Ok(());
         }
+        if image.meta().journal_damage.is_some() {
+            // Nothing is written before a repair is asked for.
+            image.map.no_direct_writes.fetch_add(1, Ordering::SeqCst);
+            return Ok(());
+        }
         if faulty!(image, RecoveryDropsPages) {
             image.meta().dirty_pages.clear();
         }
@@ -92,6 +101,35 @@ impl<H: Host> Queue<H> {
         let kept = faulty!(image, EpochNotRaised);
         self.checkpoint(|header| header.epoch += u64::from(!kept)).await?;
         image.meta().session = true;
+        Ok(())
+    }
+
+    /// Something of the journal cannot be applied: told by a read-only open and one for repair, refused
+    /// by others.
+    fn journal_damaged(&self, text: String) -> Result<()> {
+        let image = self.image();
+        if !image.config.read_only && !image.config.repair {
+            return fail(Kind::Corrupt, format!("{text}; open read-only, or repair the image"));
+        }
+        self.host().log(LogLevel::Warning, &format!("{text}; changes after it are not shown"));
+        image.meta().journal_damage.get_or_insert(text);
+        Ok(())
+    }
+
+    /// Loads pages `first..=last` of a region that a record changes. In one that is damaged the record
+    /// says what it says, but nothing else is known.
+    async fn load_for_replay(self: &Rc<Self>, kind: RegionKind, first: u64, last: u64) -> Result<()> {
+        let image = self.image().clone();
+        for segment in first / SEGMENT_PAGES..=last / SEGMENT_PAGES {
+            self.load_segment(kind, segment).await?;
+        }
+        for page in first..=last {
+            if image.region(kind).is_bad(page) {
+                self.journal_damaged(format!("the journal changes page {page} of {kind:?}, which is damaged"))?;
+            } else {
+                image.meta().dirty_pages.insert((kind, page));
+            }
+        }
         Ok(())
     }
 
@@ -191,8 +229,7 @@ impl<H: Host> Queue<H> {
                     let end = check_range(first, u64::from(count), bits.len())?;
                     let pages = (first / PAYLOAD_BITS, (end - 1) / PAYLOAD_BITS);
                     if last != Some(pages) {
-                        self.load_blocks(first, end).await?;
-                        image.meta().dirty_pages.extend((pages.0..=pages.1).map(|page| (RegionKind::Bitmap, page)));
+                        self.load_for_replay(RegionKind::Bitmap, pages.0, pages.1).await?;
                         last = Some(pages);
                     }
                     bits.write(first, end, value);
@@ -231,8 +268,7 @@ impl<H: Host> Queue<H> {
         for (entry, value) in (first..end).zip(values) {
             if entry == loaded {
                 loaded = (page_of_entry(entry) + 1) * PAYLOAD_ENTRIES;
-                self.entries_of(entry, entry + 1).await?;
-                image.meta().dirty_pages.insert((RegionKind::Table, page_of_entry(entry)));
+                self.load_for_replay(RegionKind::Table, page_of_entry(entry), page_of_entry(entry)).await?;
             }
             check_entry(value, below_reach, &own)?;
             image.region(RegionKind::Table).set_entry(entry, value);

@@ -230,7 +230,7 @@ impl Open {
     fn probe(&self, input: &mut Input<'_>) {
         let offset = input.number();
         let _ = self.read(offset, MOST);
-        let _ = self.request(Request::Check);
+        let _ = self.request(Request::Check { repair: fvd_engine::Repair::None });
         if let Ok(Reply::Status(status)) = self.request(Request::BlockStatus { offset, len: input.number().max(1) }) {
             assert!(status.len > 0);
         }

@@ -22,6 +22,8 @@ pub type LogFn = Arc<dyn Fn(LogLevel, &str) + Send + Sync>;
 pub struct Options {
     /// Nothing is written; other readers are tolerated.
     pub read_only: bool,
+    /// An image whose journal is damaged is opened all the same, for a check that repairs it.
+    pub repair: bool,
     /// Past the page cache (O_DIRECT).
     pub direct: bool,
     /// Take no locks: for pictures of an image in use, and where somebody else keeps order.
@@ -41,7 +43,7 @@ pub struct Options {
 impl Options {
     /// The engine's configuration to go with these options.
     pub fn config(&self, limits: [Limits; FILES]) -> Config {
-        let mut config = Config { limits, read_only: self.read_only, ..Config::default() };
+        let mut config = Config { limits, read_only: self.read_only, repair: self.repair, ..Config::default() };
         if self.metadata_memory != 0 {
             config.metadata_memory = self.metadata_memory;
         }

@@ -148,7 +148,7 @@ impl Guest {
                 let name = format!("base {}", self.next_id);
                 self.submit(step, What::Other, None, Request::ChangeBase { name, format: "raw".into() });
             }
-            Act::Check => self.submit(step, What::Check, None, Request::Check),
+            Act::Check => self.submit(step, What::Check, None, Request::Check { repair: fvd_engine::Repair::None }),
             Act::Beyond { write } if self.maybe_cells.is_none() => {
                 let buf = Buf::new(vec![0; cell as usize * 2], 0);
                 let offset = (self.cells - 1) * cell;

@@ -146,12 +146,12 @@ fn fault_named(name: &str) -> Result<Fault, String> {
 }
 
 fn print_totals(summary: &Summary, seconds: f64) {
-    let Totals { guest_ops, host_ops, cuts, recoveries, replays, injected, ordered, damaged } = summary.totals;
+    let Totals { guest_ops, host_ops, cuts, recoveries, replays, injected, ordered, damaged, repaired } = summary.totals;
     let rate = |n: u64| (n as f64 / seconds) as u64;
     println!("seeds {} in {seconds:.1} s, revision {}", summary.seeds, revision());
     println!("guest operations {guest_ops} ({}/s), host operations {host_ops} ({}/s)", rate(guest_ops), rate(host_ops));
     println!("power cuts {cuts}, recoveries {recoveries} ({}/s), read-only replays {replays} ({}/s)", rate(recoveries), rate(replays));
-    println!("operations made to fail {injected}, metadata writes checked for order {ordered}, damaged files opened {damaged}");
+    println!("operations made to fail {injected}, metadata writes checked for order {ordered}, damaged files opened {damaged}, repaired {repaired}");
 }
 
 /// Says how a seed failed, how to see it again, and the shortest script found.

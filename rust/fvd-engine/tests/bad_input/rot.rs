@@ -18,9 +18,10 @@ fn fine(sample: &Sample, place: &str, outcome: &Outcome) -> bool {
     }
 }
 
-/// A read-only open of a damaged journal shows an older state and says so in the log.
+/// A read-only open shows what good pages speak of, also where recovery cannot go on, and of a damaged
+/// journal an older state, and says so in the log.
 fn fine_read_only(sample: &Sample, place: &str, bytes: &Store, outcome: &Outcome) -> bool {
-    if fine(sample, place, outcome) {
+    if fine(sample, place, outcome) || *outcome == Outcome::Partly {
         return true;
     }
     if place != "journal" || !matches!(outcome, Outcome::Wrong(_)) {

@@ -293,7 +293,7 @@ fn read_all(world: &Rc<World>, header: &Header) -> Verdict<Shown> {
 }
 
 fn check(world: &Rc<World>) -> Verdict<()> {
-    let report: Reply = world.request(0, Request::Check).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
+    let report: Reply = world.request(0, Request::Check { repair: fvd_engine::Repair::None }).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
     crate::guest::check_report(world, &report);
     Ok(())
 }
