@@ -164,8 +164,9 @@ fn regions_out_of_range_are_refused() {
             ("of another generation", Region { generation: 2, ..is }),
             ("with map bits", Region { map_first: if kind == RegionKind::Bitmap { 1 << 50 } else { 1 }, ..is }),
         ] {
-            // The journal and the area have no pages that carry a generation.
-            if name == "of another generation" && matches!(kind, RegionKind::Journal | RegionKind::DoubleWrite) {
+            // The journal and the area have no pages that carry a generation; what a page map says that is
+            // not right can be told from the pages, and a read-only open does so.
+            if name == "of another generation" && matches!(kind, RegionKind::Journal | RegionKind::DoubleWrite | RegionKind::PageMap) {
                 continue;
             }
             cases.push((name, set(kind, Some(to))));
