@@ -130,7 +130,7 @@ impl Space {
         add_run(&mut self.free, taken.id, taken.id + taken.count);
     }
 
-    /// Bytes of what is neither used nor waits for a commit, in chunks.
+    /// Number of chunks that are neither used nor wait for a commit.
     pub(crate) fn free_chunks(&self) -> u64 {
         let runs = self.free.iter().chain(&self.unpunched).map(|(start, end)| end - start).sum::<u64>();
         runs + self.left() + self.next.map_or(0, |(start, end, _)| end - start)
