@@ -136,6 +136,9 @@ pub enum Fault {
     EmptyFreesAtOnce,
     /// Reads by the engine hold no bracket (R4).
     ReadWithoutBracket,
+    /// A write that waited while the image got its first bitmap keeps the lock it asked for before,
+    /// which ends inside a block (R12).
+    LockOfOldBlocks,
     /// A write does not look again for storage once it has the lock of its range (R12).
     NoSecondLook,
     /// A chunk that was used before is not zeroed (R7).
@@ -163,7 +166,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 74] = [
+    pub const ALL: [Fault; 75] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -227,6 +230,7 @@ impl Fault {
         Self::ReachForgotten,
         Self::EmptyFreesAtOnce,
         Self::ReadWithoutBracket,
+        Self::LockOfOldBlocks,
         Self::NoSecondLook,
         Self::ReuseNotZeroed,
         Self::FreeWithoutNarrowing,

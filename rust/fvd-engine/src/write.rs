@@ -23,11 +23,7 @@ use std::sync::atomic::Ordering;
 #[derive(Clone)]
 pub(crate) enum Payload<B> {
     /// Part of the guest's memory.
-    Guest {
-        buf: B,
-        at: usize,
-        len: usize,
-    },
+    Guest { buf: B, at: usize, len: usize },
     /// The engine's own bytes.
     Own(Rc<Vec<u8>>, usize, usize),
     /// Zeroes.
@@ -89,11 +85,23 @@ impl<H: Host> Queue<H> {
     async fn lock_for_write(self: &Rc<Self>, offset: u64, len: u64) -> Result<RangeGuard<'_>> {
         loop {
             let wide = self.lacks_storage(offset, len).await?;
-            let (start, end) = if wide { self.chunk_range(offset, len) } else { self.lock_range(offset, len) };
-            let guard = self.image().ranges.lock(start, end).await;
+            let guard = self.lock_whole(offset, len, wide).await;
             // A discard may have been faster.
             if wide || faulty!(self.image(), NoSecondLook) || !self.lacks_storage(offset, len).await? {
                 return Ok(guard);
+            }
+        }
+    }
+
+    /// Locks the blocks of a range, or its chunks if `wide`.
+    pub(crate) async fn lock_whole(&self, offset: u64, len: u64, wide: bool) -> RangeGuard<'_> {
+        let range = || if wide { self.chunk_range(offset, len) } else { self.lock_range(offset, len) };
+        loop {
+            let (start, end) = range();
+            let guard = self.image().ranges.lock(start, end).await;
+            // While it waited, the image may have got its first bitmap, and blocks with it.
+            if range() == (start, end) || faulty!(self.image(), LockOfOldBlocks) {
+                return guard;
             }
         }
     }

@@ -23,8 +23,7 @@ impl<H: Host> Queue<H> {
         self.check_bounds(offset, len)?;
         if len > 0 {
             self.leave_pristine().await?;
-            let (start, end) = self.chunk_range(offset, len);
-            let _range = image.ranges.lock(start, end).await;
+            let _range = self.lock_whole(offset, len, true).await;
             self.check_bounds(offset, len)?;
             self.wait_for_dirty_room().await?;
             self.zero_locked(offset, offset + len, may_unmap).await?;
@@ -191,8 +190,7 @@ impl<H: Host> Queue<H> {
         if len == 0 {
             return Ok(());
         }
-        let (start, end) = self.chunk_range(offset, len);
-        let _range = image.ranges.lock(start, end).await;
+        let _range = self.lock_whole(offset, len, true).await;
         self.check_bounds(offset, len)?;
         let align = u64::from(image.limits(FileId::Image).request_alignment).max(512);
         let mut at = offset;

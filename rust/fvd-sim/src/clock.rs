@@ -32,6 +32,9 @@ impl Latency {
         Self { least: prng.pick(&[0, 10, 50]) * US, spread: prng.pick(&[1, 20, 200, 2000]) * US, slow_one_in: prng.pick(&[0, 0, 10, 50]), stall_one_in: 0 }
     }
 
+    /// A disk on which operations overtake each other by far.
+    pub const UNEVEN: Self = Self { least: 50 * US, spread: 2 * MS, slow_one_in: 4, stall_one_in: 0 };
+
     /// Latency of a base that is far away.
     pub fn network(prng: &mut Prng) -> Self {
         let disk = Self::disk(prng);

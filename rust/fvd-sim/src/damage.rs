@@ -117,6 +117,12 @@ fn foreign(harmed: &mut Harmed, header: &Header, prng: &mut Prng) -> Option<()> 
 /// A write in place that was lost although it was synced: the page is as it was at an earlier close.
 fn lost(harmed: &mut Harmed, header: &Header, older: &Store, prng: &mut Prng) -> Option<()> {
     let (kind, generation, index, at, head) = stored_page(&harmed.bytes, header, prng)?;
+    // A region that is younger has nothing older: a page of an attempt to build it that a cut ended
+    // could come back only if two writes were lost, the one of the whole region and the last.
+    let region = |header: &Header| header.region(kind).map(|region| (region.generation, region.offset));
+    if region(&header_of(older)?) != region(header) {
+        return None;
+    }
     let old = *older.page(at)?;
     let before = page::open(&header.uuid, kind, generation, index, &old).ok()?;
     if before == head || kind == RegionKind::PageMap {

@@ -110,6 +110,8 @@ pub struct Options {
     pub shim_percent: u64,
     /// In how many of 100 cases a request is near the last one.
     pub hot_percent: u64,
+    /// In how many of 100 cases a request is of one to three cells.
+    pub small_percent: u64,
     /// In how many of 100 cases an operation ends before `submit` returns.
     pub inline_percent: u64,
     /// Journal units after which a checkpoint starts; 0: half the journal.
@@ -130,6 +132,14 @@ pub struct Options {
     pub discard_ignored_percent: u64,
 }
 
+/// What many requests meet in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Crowd {
+    None,
+    Blocks,
+    Chunks,
+}
+
 /// The checkpoint waits until a commit finds no room in the journal.
 const WHEN_FULL: u64 = 1 << 20;
 
@@ -145,19 +155,42 @@ impl Options {
         let tight = p.one_in(12);
         let cell = if tight { 512 } else { p.pick(&[512, 512, 512, 512, 64, 128]) };
         let block_size = if tight { 4096 } else { p.pick(&[4096, 4096, 4096, 8192, 16384, 65536, 0]) };
-        let chunk_size = if p.chance(50) { p.pick(&[4 << 10, 4 << 10, 4 << 10, 4 << 10, 8 << 10, 8 << 10, 16 << 10, 64 << 10]) } else { 0 };
+        // Requests that meet in a few chunks of several blocks, or in a few blocks while the image gets
+        // its first bitmap.
+        let crowd = if tight {
+            Crowd::None
+        } else {
+            p.pick(&[Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::Chunks, Crowd::Blocks])
+        };
+        let block_size = match crowd {
+            Crowd::None => block_size,
+            Crowd::Blocks => 16384,
+            Crowd::Chunks => p.pick(&[4096, 4096, 0]),
+        };
+        let chunk_size = match crowd {
+            Crowd::None if p.chance(50) => p.pick(&[4 << 10, 4 << 10, 4 << 10, 4 << 10, 8 << 10, 8 << 10, 16 << 10, 64 << 10]),
+            Crowd::Chunks => p.pick(&[16 << 10, 16 << 10, 64 << 10]),
+            _ => 0,
+        };
         let block_size = if chunk_size > 0 { block_size.min(chunk_size) } else { block_size };
         let block = u64::from(if block_size == 0 { 4096 } else { block_size });
         let (cells, starts, window) = if tight {
             let sectors = p.between(1000, 2500);
             (sectors, vec![0], sectors)
-        } else if chunk_size > 0 && p.chance(70) {
-            chunks(p, cell, u64::from(chunk_size))
+        } else if crowd == Crowd::Blocks {
+            let cells = p.between(1, 3 * block / 512) * (512 / cell);
+            (cells, vec![0], cells)
+        } else if chunk_size > 0 && (crowd == Crowd::Chunks || p.chance(70)) {
+            chunks(p, cell, u64::from(chunk_size), crowd == Crowd::Chunks)
         } else {
             disk(p, cell, block)
         };
         let bytes = cells * cell;
-        let base = p.pick(&[BaseIs::Known, BaseIs::Known, BaseIs::Known, BaseIs::Named, BaseIs::Surprise, BaseIs::None]);
+        let base = if crowd == Crowd::Blocks {
+            BaseIs::Surprise
+        } else {
+            p.pick(&[BaseIs::Known, BaseIs::Known, BaseIs::Known, BaseIs::Named, BaseIs::Surprise, BaseIs::None])
+        };
         let sectors = bytes / 512;
         let base_sectors = match p.below(5) {
             0 | 1 => sectors,
@@ -191,6 +224,22 @@ impl Options {
                 weights[kind as usize] = weight;
             }
         }
+        match crowd {
+            Crowd::None => {}
+            Crowd::Blocks => {
+                limits[0].request_alignment = limits[0].request_alignment.min(512);
+                limits[0].memory_alignment = limits[0].memory_alignment.min(512);
+                // The bitmap comes while little else happens.
+                weights = [0; KINDS];
+                for (kind, weight) in [(Kind::Write, 60), (Kind::Zero, 5), (Kind::Read, 10), (Kind::Flush, 2), (Kind::Empty, 2)] {
+                    weights[kind as usize] = weight;
+                }
+            }
+            Crowd::Chunks => {
+                weights[Kind::Write as usize] = 30;
+                weights[Kind::Discard as usize] = 10;
+            }
+        }
         Self {
             seed,
             cell,
@@ -205,20 +254,21 @@ impl Options {
             fixed_room: p.pick(&[128 << 10, 256 << 10, 1 << 20, 8 << 20]),
             journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
             holes: base == BaseIs::Known && p.chance(30),
-            preallocate: p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
+            preallocate: crowd == Crowd::Blocks || p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
             limits,
             queues: p.pick(&[1, 1, 2, 3]),
-            depth: p.pick(&[1, 2, 4, 8, 16]),
+            depth: if crowd != Crowd::None { 16 } else { p.pick(&[1, 2, 4, 8, 16]) },
             sessions: p.between(4, 12) as usize,
             requests: if tight { 240 } else { p.pick(&[20, 60, 120, 240]) },
             weights,
             shim_percent: p.pick(&[0, 50, 50, 50, 100]),
             hot_percent: p.pick(&[0, 25, 60]),
+            small_percent: if crowd == Crowd::Blocks { 60 } else { 0 },
             inline_percent: p.pick(&[0, 0, 0, 30, 100]),
             checkpoint_after,
             batch_pages: p.pick(&[0, 1, 1, 2]),
             commit_interval_ns: p.pick(&[5 * SECOND, 5 * SECOND, MS, 100 * MS]),
-            latency: [Latency::disk(p), Latency::network(p)],
+            latency: [if crowd == Crowd::None { Latency::disk(p) } else { Latency::UNEVEN }, Latency::network(p)],
             fail_percent: p.pick(&[0, 0, 30, 60]),
             cut_percent: p.pick(&[50, 80, 100]),
             discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
@@ -256,9 +306,9 @@ fn disk(p: &mut Prng, cell: u64, block: u64) -> (u64, Vec<u64>, u64) {
 }
 
 /// The same for a disk of a few chunks, all of them in use; the last one is often partial.
-fn chunks(p: &mut Prng, cell: u64, chunk: u64) -> (u64, Vec<u64>, u64) {
+fn chunks(p: &mut Prng, cell: u64, chunk: u64, few: bool) -> (u64, Vec<u64>, u64) {
     // Two or three, so that requests meet in one, or more.
-    let count = if p.one_in(4) { p.between(2, 3) } else { p.between(1, 6) * (32768 / chunk).max(1) };
+    let count = if few || p.one_in(4) { p.between(2, 3) } else { p.between(1, 6) * (32768 / chunk).max(1) };
     let sectors = (count * chunk / 512).saturating_sub(p.pick(&[0, 0, 1, 7, 33])).max(1);
     let cells = sectors * (512 / cell);
     let cells = if cell < 512 { cells.min(1200).next_multiple_of(512 / cell) } else { cells };

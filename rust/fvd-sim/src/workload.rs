@@ -21,7 +21,14 @@ pub fn plan(seed: u64) -> Plan {
     while prng.chance(30) && create_cuts.len() < 3 {
         create_cuts.push(Cut { at: prng.below(20), keep: Keep::Seeded(prng.bits()) });
     }
-    let mut draw = Draw { geometry: Geometry::new(options.cell, options.cells, options.starts.clone(), options.window), cells: options.cells, last: 0, whole: None, prng, options: &options };
+    let mut draw = Draw {
+        geometry: Geometry::new(options.cell, options.cells, options.starts.clone(), options.window),
+        cells: options.cells,
+        last: 0,
+        whole: None,
+        prng,
+        options: &options,
+    };
     let sessions = (0..options.sessions).map(|i| draw.session(i)).collect();
     Plan { create_cuts, sessions, options }
 }
@@ -34,7 +41,7 @@ struct Draw<'a> {
     /// Where the last request ended.
     last: u64,
     /// Whole chunks that the last request was about.
-    whole: Option<(u64, u64)>,
+    whole: Option<(u64, u64, u8)>,
     prng: Prng,
 }
 
@@ -164,18 +171,20 @@ impl Draw<'_> {
             let first = ((window.first + within) / chunk * chunk).max(window.first);
             let count = (p.pick(&[1, 1, 2, 3]) * chunk).min(window.first + window.count - first).min(260);
             self.last = first + count;
-            self.whole = Some((first, count));
+            self.whole = Some((first, count, p.pick(&[1, 1, 2, 3])));
             return (first, count);
         }
         // What is done to a whole chunk meets what is done to part of it.
-        if let Some((first, count)) = self.whole.take_if(|_| p.chance(70))
+        if let Some((first, count, left)) = self.whole.take_if(|_| p.chance(70))
             && window.first <= first
             && first + count <= window.first + window.count
         {
+            self.whole = (left > 1).then_some((first, count, left - 1));
             let at = p.below(count);
             return (first + at, p.between(1, 4).min(count - at));
         }
         let count = match p.below(12) {
+            _ if p.chance(self.options.small_percent) => p.between(1, 3),
             0 | 1 => 1,
             2 => block,
             3 => block - 1,
