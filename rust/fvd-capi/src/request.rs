@@ -361,5 +361,5 @@ pub unsafe extern "C" fn fvd_submit_make_empty(queue: *mut fvd_queue, done: fvd_
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fvd_submit_check(queue: *mut fvd_queue, out: *mut fvd_check, finding: fvd_finding_fn, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: see `fvd_submit_create`.
-    unsafe { submit(queue, done, opaque, || Ok((Request::Check, Answer::Check(Out::new(out)?, finding)))) }
+    unsafe { submit(queue, done, opaque, || Ok((Request::Check { repair: fvd_engine::Repair::None }, Answer::Check(Out::new(out)?, finding)))) }
 }

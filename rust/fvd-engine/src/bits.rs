@@ -255,6 +255,12 @@ impl Bits {
         self.segment(page / SEGMENT_PAGES).is_some_and(|s| s.bad.load(Ordering::Relaxed) >> (page % SEGMENT_PAGES) & 1 == 1)
     }
 
+    /// Page `page`, whose segment is loaded, is whole again: memory says what it holds.
+    pub(crate) fn mark_good(&self, page: u64) {
+        let segment = self.segment(page / SEGMENT_PAGES).expect("loaded");
+        segment.bad.fetch_and(!(1 << (page % SEGMENT_PAGES)), Ordering::Release);
+    }
+
     /// The words of page `page` as they are in memory now.
     pub(crate) fn page_words(&self, page: u64) -> Box<[u64]> {
         self.segment(page / SEGMENT_PAGES).expect("loaded").page_words(page % SEGMENT_PAGES)

@@ -6,7 +6,7 @@ use crate::commit::GRANULE_MAX;
 use crate::error::{Error, Kind, Result};
 use crate::executor::Queue;
 use crate::host::{FileId, Host, LogLevel};
-use crate::image::{Fetched, Image, Meta, PageId};
+use crate::image::{BadPage, Fetched, Image, Meta, PageId};
 use crate::space::chunks_of_regions;
 use crate::table::EntryRun;
 use fvd_format::RegionKind;
@@ -123,9 +123,14 @@ impl<H: Host> Queue<H> {
             (first, region.pages().min(first + SEGMENT_PAGES))
         };
         let segment = Segment::initial();
-        let read = self.read_pages(kind, first, last, |page, read| match read {
-            Ok((write_count, payload)) => segment.load_page(page - first, payload, write_count),
-            Err(_) => segment.mark_bad(page - first),
+        let read = self.read_pages(kind, first, last, |page, found, bad| {
+            if let Some((write_count, payload)) = found {
+                segment.load_page(page - first, payload, write_count);
+            }
+            if let Some(bad) = bad {
+                segment.mark_bad(page - first);
+                image.meta().bad_pages.insert((kind, page), bad);
+            }
         });
         if let Err(error) = read.await {
             image.meta().segments_loaded -= 1;
@@ -146,9 +151,9 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Reads those of a region's pages `first..last` that are stored, and hands out what each holds:
-    /// write count and payload, or what is wrong with it.
-    async fn read_pages(self: &Rc<Self>, kind: RegionKind, first: u64, last: u64, mut take: impl FnMut(u64, Result<(u32, &[u8])>)) -> Result<()> {
+    /// Reads those of a region's pages `first..last` that are stored, and hands out what each holds –
+    /// write count and payload –, and what is wrong with it.
+    async fn read_pages(self: &Rc<Self>, kind: RegionKind, first: u64, last: u64, mut take: impl FnMut(u64, Option<(u32, &[u8])>, Option<BadPage>)) -> Result<()> {
         let image = self.image().clone();
         let (region, uuid, stored) = {
             let meta = image.meta();
@@ -167,24 +172,24 @@ impl<H: Host> Queue<H> {
             let overlay = image.meta().overlay.get(&(kind, index)).cloned();
             let bytes = overlay.unwrap_or_else(|| buf.to_vec(at + (i - from) * PAGE_SIZE, PAGE_SIZE));
             let payload = &bytes[page::HEADER_SIZE..];
-            let opened = page::open(&uuid, kind, region.generation, index, &bytes).map_err(Error::from).and_then(|header| {
-                if kind == RegionKind::Table {
-                    for entry in payload.chunks_exact(4).map(|b| u64::from(u32::from_le_bytes(b.try_into().expect("four bytes")))) {
-                        check_entries(entry, entry, below_reach, &own)?;
-                    }
-                }
-                Ok(header)
-            });
-            match opened {
-                Ok(header) => {
-                    image.note_loaded(&header);
-                    take(index, Ok((header.write_count, payload)));
-                }
+            let header = match page::open(&uuid, kind, region.generation, index, &bytes) {
+                Ok(header) => header,
                 Err(error) => {
                     self.host().log(LogLevel::Error, &error.to_string());
-                    take(index, Err(error));
+                    take(index, None, Some(BadPage::Unreadable));
+                    continue;
                 }
+            };
+            image.note_loaded(&header);
+            let mut entries = payload.chunks_exact(4).map(|b| u64::from(u32::from_le_bytes(b.try_into().expect("four bytes"))));
+            let checked = match kind {
+                RegionKind::Table => entries.try_for_each(|entry| check_entries(entry, entry, below_reach, &own)),
+                _ => Ok(()),
+            };
+            if let Err(error) = &checked {
+                self.host().log(LogLevel::Error, &error.to_string());
             }
+            take(index, Some((header.write_count, payload)), checked.err().map(|_| BadPage::Entries));
         }
         Ok(())
     }
@@ -203,12 +208,12 @@ impl<H: Host> Queue<H> {
             let initial = || Fetched { words: vec![0; PAYLOAD_WORDS].into(), write_count: 0 };
             let mut found: BTreeMap<PageId, Fetched> = (first..last).map(|page| ((kind, page), initial())).collect();
             let mut bad = None;
-            self.read_pages(kind, first, last, |page, read| match read {
-                Ok((write_count, payload)) => {
+            self.read_pages(kind, first, last, |page, read, wrong| match (read, wrong) {
+                (Some((write_count, payload)), None) => {
                     let words = payload.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))).collect();
                     found.insert((kind, page), Fetched { words, write_count });
                 }
-                Err(_) => {
+                _ => {
                     found.remove(&(kind, page));
                     bad = bad.or(pages.contains(&(kind, page)).then_some(page));
                 }

@@ -238,7 +238,7 @@ impl<H: Host> Queue<H> {
     }
 
     /// Clears the clean mark and raises the epoch, once a session, before its first append (R2).
-    async fn ensure_session(self: &Rc<Self>) -> Result<()> {
+    pub(crate) async fn ensure_session(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
         if image.meta().session {
             return Ok(());

@@ -161,12 +161,22 @@ pub enum Fault {
     GrowthKeepsChunkRest,
     /// A growth step that was opened ahead of need is used before the reach says so (R6).
     StepAheadUsedEarly,
+    /// A repair drops every entry of a table page that has a wrong one.
+    RepairDropsGoodEntries,
+    /// A repair cuts the file where the last header update says that it ends.
+    EndCutTooEarly,
+    /// A repair leaves a storage chunk with two guest chunks.
+    DoubleMappingKept,
+    /// A repair gives a guest chunk storage of its own without a copy of what it shared.
+    RepairCopyForgotten,
+    /// A repair writes pages while the header says that the double-write area does not count.
+    RepairWhileClean,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 75] = [
+    pub const ALL: [Fault; 80] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -242,5 +252,10 @@ impl Fault {
         Self::ShrinkWithoutNarrowing,
         Self::GrowthKeepsChunkRest,
         Self::StepAheadUsedEarly,
+        Self::RepairDropsGoodEntries,
+        Self::EndCutTooEarly,
+        Self::DoubleMappingKept,
+        Self::RepairCopyForgotten,
+        Self::RepairWhileClean,
     ];
 }

@@ -58,6 +58,15 @@ pub(crate) struct Fetched {
     pub(crate) write_count: u32,
 }
 
+/// Why a page cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BadPage {
+    /// Its bytes are not those of the page: nothing of it is known.
+    Unreadable,
+    /// It names storage that holds no guest data; memory has it, and the other entries count.
+    Entries,
+}
+
 /// Metadata that changes, and its three values: memory (in [`Map`]), frozen in the commit on its way,
 /// and stable.
 #[derive(Default)]
@@ -88,6 +97,8 @@ pub(crate) struct Meta {
     pub(crate) written: BTreeSet<PageId>,
     /// Pages that recovery found in the double-write area and a read-only open may not write back.
     pub(crate) overlay: BTreeMap<PageId, Vec<u8>>,
+    /// Loaded pages that cannot be used.
+    pub(crate) bad_pages: BTreeMap<PageId, BadPage>,
     /// What the journal says of pages: till recovery has it in place, or for as long as the image
     /// is open read-only.
     pub(crate) replayed: Replayed,
@@ -115,6 +126,8 @@ pub(crate) struct Meta {
     pub(crate) timer_at: Option<u64>,
     pub(crate) segments_loaded: u64,
     pub(crate) was_clean: bool,
+    /// The header copy that this open wrote again, of an image that had been closed.
+    pub(crate) mended_copy: Option<usize>,
     pub(crate) commits_replayed: u64,
     pub(crate) stats: Stats,
 }

@@ -39,6 +39,7 @@ mod open;
 mod read;
 mod recovery;
 mod relayout;
+mod repair;
 mod replayed;
 mod request;
 mod resize;

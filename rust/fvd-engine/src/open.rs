@@ -52,6 +52,8 @@ impl<H: Host> Queue<H> {
             // both must be good before.
             self.write_surely(HEADER_OFFSETS[copy - 1], &header.encode(copy)).await?;
             self.sync().await?;
+            // What a cut tore is no damage; nothing is torn in an image that was closed.
+            image.meta().mended_copy = clean.then_some(copy);
         }
         self.warn_of_base(&header).await?;
         if header.region(RegionKind::Journal).is_none() {

@@ -158,8 +158,24 @@ pub enum Request<B> {
     },
     /// Gives every block back to the base: the disk reads as the base does.
     MakeEmpty,
-    /// Checks the image.
-    Check,
+    /// Checks the image, and repairs what it may.
+    Check {
+        /// What may be repaired.
+        repair: Repair,
+    },
+}
+
+/// What a check may repair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Repair {
+    /// Nothing: it only looks.
+    #[default]
+    None = 0,
+    /// Space that nothing uses is given back.
+    Leaks = 1,
+    /// All that can be: what is lost is reported, never invented.
+    All = 2,
 }
 
 /// What a request returns.
@@ -203,10 +219,20 @@ pub enum Place {
 pub struct CheckReport {
     /// Damage: text for people, one finding each (at most [`CheckReport::FINDINGS_MAX`]).
     pub findings: Vec<String>,
-    /// Number of damaged structures.
+    /// Number of damaged structures that are left.
     pub corruptions: u64,
-    /// Bytes that nothing uses.
+    /// Number of damaged structures that were repaired.
+    pub corruptions_fixed: u64,
+    /// Bytes at the end of the file that nothing uses, and are left.
     pub leaked: u64,
+    /// Bytes of them that were given back.
+    pub leaked_fixed: u64,
+    /// Guest bytes of which nobody can tell what they held, as (offset, length): at most
+    /// [`CheckReport::FINDINGS_MAX`] ranges. Until a repair they cannot be read; afterwards they read as
+    /// the base does, or as zero.
+    pub lost: Vec<(u64, u64)>,
+    /// All such bytes.
+    pub lost_bytes: u64,
     /// Guest chunks of a compact image.
     pub chunks_total: u64,
     /// Of these, chunks with storage.
@@ -227,9 +253,31 @@ impl CheckReport {
 
     pub(crate) fn corrupt(&mut self, text: String) {
         self.corruptions += 1;
+        self.note(text);
+    }
+
+    /// A text for people.
+    pub(crate) fn note(&mut self, text: String) {
         if self.findings.len() < Self::FINDINGS_MAX {
             self.findings.push(text);
         }
+    }
+
+    /// Nobody can tell what guest bytes `start..end` held.
+    pub(crate) fn lose(&mut self, start: u64, end: u64) {
+        self.lost_bytes += end - start;
+        let room = self.lost.len() < Self::FINDINGS_MAX;
+        match self.lost.last_mut() {
+            Some((at, len)) if *at + *len == start => *len += end - start,
+            _ if room => self.lost.push((start, end - start)),
+            _ => {}
+        }
+    }
+
+    /// `count` of the damaged structures are none any more.
+    pub(crate) fn fixed(&mut self, count: u64) {
+        self.corruptions -= count;
+        self.corruptions_fixed += count;
     }
 }
 

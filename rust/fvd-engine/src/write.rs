@@ -455,7 +455,7 @@ impl Meta {
     }
 
     /// Changes a table entry in memory.
-    fn set_entry(&mut self, image: &Image, chunk: u64, value: u32) {
+    pub(crate) fn set_entry(&mut self, image: &Image, chunk: u64, value: u32) {
         self.keep_stable(image, (RegionKind::Table, page_of_entry(chunk)));
         image.region(RegionKind::Table).set_entry(chunk, value);
         self.pending.entries.insert(chunk, value);

@@ -34,7 +34,7 @@ fn place(sim: &Sim, offset: u64) -> Option<u64> {
 }
 
 fn mapped(sim: &Sim) -> u64 {
-    match sim.ask(Request::Check) {
+    match sim.ask(Request::Check { repair: fvd_engine::Repair::None }) {
         Ok(Reply::Check(report)) => {
             assert_eq!(report.corruptions, 0, "{:?}", report.findings);
             report.chunks_allocated

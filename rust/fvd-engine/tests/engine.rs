@@ -9,6 +9,8 @@ mod bytes;
 mod journal;
 #[path = "engine/life.rs"]
 mod life;
+#[path = "engine/repair.rs"]
+mod repair;
 #[path = "engine/space.rs"]
 mod space;
 #[path = "engine/threads.rs"]

@@ -74,7 +74,7 @@ pub fn image_open(data: &[u8]) {
     }
     let again = Open::new(world, config(false)).expect("what was closed in good order opens");
     // A table that names a chunk twice gives two guest chunks one content.
-    let sound = matches!(again.request(Request::Check), Ok(Reply::Check(report)) if report.corruptions == 0);
+    let sound = matches!(again.request(Request::Check { repair: fvd_engine::Repair::None }), Ok(Reply::Check(report)) if report.corruptions == 0);
     for (at, bytes) in written.into_iter().filter(|_| sound || !template.header.is_compact()) {
         if let Ok(found) = again.read(at, bytes.len() as u64) {
             assert_eq!(found, bytes, "byte {at}: what was written and closed");
@@ -253,7 +253,7 @@ impl Open {
     fn probe(&self, input: &mut Input<'_>) {
         let offset = input.number();
         let _ = self.read(offset, MOST);
-        let _ = self.request(Request::Check);
+        let _ = self.request(Request::Check { repair: fvd_engine::Repair::None });
         if let Ok(Reply::Status(status)) = self.request(Request::BlockStatus { offset, len: input.number().max(1) }) {
             assert!(status.len > 0);
         }

@@ -6,7 +6,7 @@ use crate::files::{Files, Options};
 use crate::iovec::IoVecBuf;
 use crate::reactor::now_ns;
 use fvd_engine::host::{FileId, Host, HostOp, LogLevel, Token};
-use fvd_engine::{BlockStatus, CheckReport, CreateParams, Error, Image, Info, Kind, Queue, Reply, Request, Result};
+use fvd_engine::{BlockStatus, CheckReport, CreateParams, Error, Image, Info, Kind, Queue, Repair, Reply, Request, Result};
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
@@ -234,9 +234,9 @@ impl Disk {
         }
     }
 
-    /// Checks the image.
-    pub fn check(&self, tick: &mut dyn FnMut(Progress)) -> Result<CheckReport> {
-        match self.request(Request::Check, tick)? {
+    /// Checks the image, and repairs what it may.
+    pub fn check(&self, repair: Repair, tick: &mut dyn FnMut(Progress)) -> Result<CheckReport> {
+        match self.request(Request::Check { repair }, tick)? {
             Reply::Check(report) => Ok(*report),
             other => Err(unexpected(&other)),
         }

@@ -132,7 +132,7 @@ fn image(device: &Path, direct: bool, threads: bool) {
     let mut bytes = vec![0xee; model.len()];
     disk.pread(&mut bytes, 0).unwrap();
     assert!(bytes == model, "direct {direct}, threads {threads}");
-    assert_eq!(disk.check(&mut |_| {}).unwrap().corruptions, 0);
+    assert_eq!(disk.check(fvd_engine::Repair::None, &mut |_| {}).unwrap().corruptions, 0);
     let large = CreateParams { virtual_size: Some(SIZE), base_name: String::new(), base_format: String::new(), ..params };
     drop(disk);
     assert_eq!(Disk::create(device, &large, false, &options, &mut |_| {}).unwrap_err().kind, Kind::NoSpace);

@@ -68,7 +68,7 @@ fn an_image_over_a_raw_base_reads_writes_and_comes_back() {
         drop(disk);
         let disk = Disk::open(&path, &options).unwrap();
         assert!(all(&disk) == model, "recovered");
-        let report = disk.check(&mut |_| {}).unwrap();
+        let report = disk.check(fvd_engine::Repair::None, &mut |_| {}).unwrap();
         assert_eq!((report.corruptions, report.findings), (0, Vec::new()));
         disk.close().unwrap();
         assert!(all(&Disk::open(&path, &options).unwrap()) == model, "closed and opened");
@@ -173,7 +173,7 @@ fn holes_of_a_chain_are_seen_at_creation() {
     for (name, base, format) in [("raw.fvd", "base.raw", "raw"), ("two.fvd", "one.fvd", "fvd")] {
         create(&at(name), &CreateParams { detect_sparse_hole: 1, ..params(None, base, format) }).unwrap();
         let disk = Disk::open(&at(name), &with_base()).unwrap();
-        let present = disk.check(&mut |_| {}).unwrap().blocks_present;
+        let present = disk.check(fvd_engine::Repair::None, &mut |_| {}).unwrap().blocks_present;
         let data_blocks = if format == "raw" { 16 } else { 17 };
         assert_eq!(present, 8 * MIB / 4096 - data_blocks, "{name}: every block but those with data");
         let status = disk.status(MIB, MIB).unwrap();

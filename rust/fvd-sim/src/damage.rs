@@ -133,3 +133,183 @@ fn lost(harmed: &mut Harmed, header: &Header, older: &Store, prng: &mut Prng) ->
     harmed.check_must_find = true;
     Some(())
 }
+
+/// A file with damage that a repair must make good, but for what nobody can tell.
+pub struct Broken {
+    /// Its bytes.
+    pub bytes: Store,
+    /// For people.
+    pub what: String,
+    /// Guest bytes that may read as the base or as zero afterwards: start and end.
+    pub lost: Vec<(u64, u64)>,
+    /// Guest bytes that may hold anything.
+    pub anything: Vec<(u64, u64)>,
+    /// Guest bytes that cannot be read before.
+    pub unreadable: Vec<(u64, u64)>,
+}
+
+/// Breaks a copy of `bytes` in up to three ways; `grows`: the file may be longer than needed.
+pub fn break_image(bytes: &Store, grows: bool, prng: &mut Prng) -> Option<Broken> {
+    let header = header_of(bytes)?;
+    header.region(RegionKind::Journal)?;
+    let mut broken = Broken { bytes: bytes.clone(), what: String::new(), lost: Vec::new(), anything: Vec::new(), unreadable: Vec::new() };
+    for _ in 0..prng.between(1, 3) {
+        // What does not fit this image is left out.
+        let _ = match prng.below(if header.is_compact() { 10 } else { 5 }) {
+            0 => rotten_header(&mut broken, prng),
+            1 => longer(&mut broken, grows, prng),
+            2 => rotten_page(&mut broken, &header, RegionKind::Bitmap, prng),
+            3 => stray_bit(&mut broken, &header),
+            4 => miscounted(&mut broken, &header, prng),
+            5 => rotten_page(&mut broken, &header, RegionKind::Table, prng),
+            6 | 7 => wild_entry(&mut broken, &header, prng),
+            _ => double(&mut broken, &header, prng),
+        };
+    }
+    (!broken.what.is_empty()).then_some(broken)
+}
+
+impl Broken {
+    fn say(&mut self, what: String) {
+        self.what = if self.what.is_empty() { what } else { format!("{}, {what}", self.what) };
+    }
+
+    /// A page as it is now, and its head.
+    fn page(&self, header: &Header, kind: RegionKind, index: u64) -> Option<([u8; PAGE], PageHeader)> {
+        let region = header.region(kind)?;
+        let page = *self.bytes.page(region.offset / PAGE as u64 + index)?;
+        let head = page::open(&header.uuid, kind, region.generation, index, &page).ok()?;
+        Some((page, head))
+    }
+
+    fn put(&mut self, header: &Header, head: &PageHeader, mut page: [u8; PAGE]) {
+        let region = header.region(head.kind).expect("a page of it was read");
+        page::seal(&header.uuid, head, &mut page);
+        self.bytes.write(region.offset + head.index * PAGE as u64, &page);
+    }
+
+    /// A stored page of the table that has a chunk, such a chunk, and its entry.
+    fn chunk(&self, header: &Header, prng: &mut Prng) -> Option<(PageHeader, [u8; PAGE], u64, u32)> {
+        let region = header.region(RegionKind::Table)?;
+        let index = prng.below(region.pages());
+        let (page, head) = self.page(header, RegionKind::Table, index)?;
+        let first = index * page::PAYLOAD_ENTRIES;
+        let used: Vec<(u64, u32)> = (first..header.chunks().min(first + page::PAYLOAD_ENTRIES)).map(|c| (c, entry_of(&page, c))).filter(|(_, e)| *e != 0).collect();
+        let (chunk, entry) = *used.get(prng.below(used.len().max(1) as u64) as usize)?;
+        Some((head, page, chunk, entry))
+    }
+}
+
+fn entry_at(chunk: u64) -> usize {
+    page::HEADER_SIZE + (chunk % page::PAYLOAD_ENTRIES) as usize * 4
+}
+
+fn entry_of(page: &[u8; PAGE], chunk: u64) -> u32 {
+    u32::from_le_bytes(page[entry_at(chunk)..][..4].try_into().expect("four bytes"))
+}
+
+/// Guest bytes of table entries, or of bits.
+fn spoken_of(header: &Header, kind: RegionKind, index: u64) -> (u64, u64) {
+    let (unit, most) = match kind {
+        RegionKind::Table => (page::PAYLOAD_ENTRIES * u64::from(header.chunk_size), header.virtual_size),
+        _ => (page::PAYLOAD_BITS * u64::from(header.block_size), header.covered),
+    };
+    ((index * unit).min(most), ((index + 1) * unit).min(most))
+}
+
+fn chunk_bytes(header: &Header, chunk: u64) -> (u64, u64) {
+    let size = u64::from(header.chunk_size);
+    (chunk * size, ((chunk + 1) * size).min(header.virtual_size))
+}
+
+fn rotten_header(broken: &mut Broken, prng: &mut Prng) -> Option<()> {
+    if broken.what.contains("header") {
+        return None;
+    }
+    let copy = prng.below(2) as usize;
+    let at = HEADER_OFFSETS[copy];
+    let mut page = *broken.bytes.page(at / PAGE as u64)?;
+    page[prng.below(PAGE as u64) as usize] ^= 0x40;
+    broken.bytes.write(at, &page);
+    broken.say(format!("rot in header copy {}", copy + 1));
+    Some(())
+}
+
+fn longer(broken: &mut Broken, grows: bool, prng: &mut Prng) -> Option<()> {
+    if !grows {
+        return None;
+    }
+    let len = broken.bytes.len().next_multiple_of(PAGE as u64) + prng.between(1, 9) * PAGE as u64;
+    broken.bytes.resize(len);
+    broken.say("a longer file".into());
+    Some(())
+}
+
+fn rotten_page(broken: &mut Broken, header: &Header, kind: RegionKind, prng: &mut Prng) -> Option<()> {
+    let index = prng.below(header.region(kind)?.pages());
+    let (mut page, _) = broken.page(header, kind, index)?;
+    page[prng.below(PAGE as u64) as usize] ^= 0x10;
+    broken.bytes.write(header.region(kind)?.offset + index * PAGE as u64, &page);
+    let bytes = spoken_of(header, kind, index);
+    broken.lost.push(bytes);
+    broken.unreadable.push(bytes);
+    broken.say(format!("rot in page {index} of {kind:?}"));
+    Some(())
+}
+
+fn stray_bit(broken: &mut Broken, header: &Header) -> Option<()> {
+    let index = header.region(RegionKind::Bitmap)?.pages() - 1;
+    let (mut page, head) = broken.page(header, RegionKind::Bitmap, index)?;
+    let bit = header.blocks() - index * page::PAYLOAD_BITS;
+    if bit >= page::PAYLOAD_BITS {
+        return None;
+    }
+    page[page::HEADER_SIZE + bit as usize / 8] |= 1 << (bit % 8);
+    broken.put(header, &head, page);
+    broken.say("a bit past the last block".into());
+    Some(())
+}
+
+fn miscounted(broken: &mut Broken, header: &Header, prng: &mut Prng) -> Option<()> {
+    let kind = if header.is_compact() && prng.chance(50) { RegionKind::Table } else { RegionKind::Bitmap };
+    let index = prng.below(header.region(kind)?.pages());
+    let (page, head) = broken.page(header, kind, index)?;
+    broken.put(header, &PageHeader { write_count: head.write_count + prng.between(1, 3) as u32, ..head }, page);
+    broken.say(format!("page {index} of {kind:?} counted wrong"));
+    Some(())
+}
+
+/// An entry names what is no chunk, or one that metadata lies in.
+fn wild_entry(broken: &mut Broken, header: &Header, prng: &mut Prng) -> Option<()> {
+    let (head, mut page, chunk, _) = broken.chunk(header, prng)?;
+    let size = u64::from(header.chunk_size);
+    let within = header.regions.iter().flatten().find(|r| r.offset >= header.data_offset).map(|r| (r.offset - header.data_offset) / size);
+    let id = within.filter(|_| prng.chance(50)).unwrap_or_else(|| header.chunks_below(header.reach) + prng.below(5000));
+    page[entry_at(chunk)..][..4].copy_from_slice(&((id + 1) as u32).to_le_bytes());
+    broken.put(header, &head, page);
+    broken.lost.push(chunk_bytes(header, chunk));
+    broken.unreadable.push(spoken_of(header, RegionKind::Table, head.index));
+    broken.say(format!("guest chunk {chunk} names storage chunk {id}"));
+    Some(())
+}
+
+/// Two guest chunks name one storage chunk.
+fn double(broken: &mut Broken, header: &Header, prng: &mut Prng) -> Option<()> {
+    let (_, _, victim, entry) = broken.chunk(header, prng)?;
+    if broken.lost.contains(&chunk_bytes(header, victim)) {
+        return None;
+    }
+    let (head, mut page, mut chunk, old) = broken.chunk(header, prng)?;
+    if prng.chance(50) {
+        // One that had none.
+        chunk = (chunk + prng.below(20)).min(header.chunks() - 1);
+    }
+    if chunk / page::PAYLOAD_ENTRIES != head.index || chunk == victim || old == entry && chunk == victim {
+        return None;
+    }
+    page[entry_at(chunk)..][..4].copy_from_slice(&entry.to_le_bytes());
+    broken.put(header, &head, page);
+    broken.anything.push(chunk_bytes(header, chunk));
+    broken.say(format!("guest chunk {chunk} has the storage of {victim}"));
+    Some(())
+}

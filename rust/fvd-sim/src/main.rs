@@ -146,13 +146,13 @@ fn fault_named(name: &str) -> Result<Fault, String> {
 }
 
 fn print_totals(summary: &Summary, seconds: f64) {
-    let Totals { guest_ops, host_ops, cuts, branches, recoveries, repeated, replays, injected, ordered, damaged, quiet } = summary.totals;
+    let Totals { guest_ops, host_ops, cuts, branches, recoveries, repeated, replays, injected, ordered, damaged, repaired, quiet } = summary.totals;
     let cpu = cpu_seconds().unwrap_or(seconds);
     let rate = |n: u64| format!("{:.0}/s, {:.0} a CPU second", n as f64 / seconds, n as f64 / cpu);
     println!("seeds {} in {seconds:.1} s ({cpu:.1} s of CPU), revision {}", summary.seeds, revision());
     println!("guest operations {guest_ops} ({}), host operations {host_ops}", rate(guest_ops));
     println!("power cuts {cuts} and {branches} other outcomes of them, recoveries {recoveries} ({}), {repeated} of them repeated, read-only replays {replays}", rate(recoveries));
-    println!("operations made to fail {injected}, metadata writes checked for order {ordered}, damaged files opened {damaged}, silent guests {quiet}");
+    println!("operations made to fail {injected}, metadata writes checked for order {ordered}, damaged files opened {damaged}, repaired {repaired}, silent guests {quiet}");
 }
 
 /// Says how a seed failed, how to see it again, and the shortest script found.

@@ -171,6 +171,13 @@ impl Oracle {
         content::matches(tag, cell, bytes) || (self.loose && content::matches(ZERO, cell, bytes))
     }
 
+    /// Whether `bytes` are what cell number `cell` holds if nothing is in the image: base, however much
+    /// of it counts by now, or zero.
+    pub fn is_untouched(&self, cell: u64, bytes: &[u8]) -> bool {
+        let base = self.base.as_ref().map_or(ZERO, |(base, _)| base.tag(cell, u64::MAX));
+        content::matches(base, cell, bytes) || content::matches(ZERO, cell, bytes)
+    }
+
     /// Whether a read that began at `began` may find `bytes` in cell number `cell`.
     pub fn may_read(&self, index: usize, cell: u64, began: Moment, bytes: &[u8]) -> bool {
         let state = &self.cells[index];

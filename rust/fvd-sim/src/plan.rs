@@ -5,6 +5,7 @@
 use crate::disk::Keep;
 use crate::options::Options;
 use crate::world::Failures;
+use fvd_engine::Repair;
 
 /// What the guest does. Cells are numbered from the start of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +67,11 @@ pub enum Act {
     ChangeBase,
     /// Gives every block back to the base.
     Empty,
-    /// Checks the image.
-    Check,
+    /// Checks the image, and repairs it, though it is sound.
+    Check {
+        /// What may be repaired.
+        repair: Repair,
+    },
     /// Reads or writes beyond the end of the disk.
     Beyond {
         /// Writes.

@@ -5,7 +5,7 @@
 use crate::checker::{Checker, Mode, Model};
 use crate::clock::SECOND;
 use crate::content::{BASE, FIRST_WRITE, GARBAGE, GARBAGE_BYTE, Tag, ZERO};
-use crate::damage;
+use crate::damage::{self, Broken};
 use crate::disk::Keep;
 use crate::geometry::{Base, Geometry};
 use crate::guest::{Guest, check_report};
@@ -18,7 +18,7 @@ use crate::store::Store;
 use crate::world::{Failures, RequestId, Setup, World};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FILES, Limits};
-use fvd_engine::{Config, CreateParams, Error, Kind, Place, Preallocation, Reply, Request};
+use fvd_engine::{Config, CreateParams, Error, Kind, Place, Preallocation, Repair, Reply, Request};
 use fvd_format::Header;
 use fvd_format::header::BASE_LENGTH_UNKNOWN;
 use std::cell::RefCell;
@@ -56,6 +56,8 @@ pub struct Totals {
     pub ordered: u64,
     /// Damaged files opened.
     pub damaged: u64,
+    /// Damaged files repaired.
+    pub repaired: u64,
     /// Guests that fell silent and whose changes were found committed.
     pub quiet: u64,
 }
@@ -73,6 +75,7 @@ impl Totals {
         self.injected += other.injected;
         self.ordered += other.ordered;
         self.damaged += other.damaged;
+        self.repaired += other.repaired;
         self.quiet += other.quiet;
     }
 }
@@ -472,7 +475,7 @@ impl<'a> Run<'a> {
     }
 
     pub(crate) fn ask_check(&self, world: &Rc<World>) -> Verdict<()> {
-        let report: Reply = world.request(0, Request::Check).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
+        let report: Reply = world.request(0, Request::Check { repair: Repair::None }).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
         check_report(world, &report);
         Ok(())
     }
@@ -505,6 +508,10 @@ impl<'a> Run<'a> {
             if let Some(harmed) = harmed {
                 self.open_damaged(&harmed, prng.chance(50), seed)?;
             }
+            let grows = self.options.limits[0].grows_zeroed;
+            if let Some(broken) = damage::break_image(&self.bytes, grows, &mut prng) {
+                self.repair(&broken, &mut prng)?;
+            }
         }
         self.older = Some(self.bytes.clone());
         Ok(())
@@ -523,7 +530,7 @@ impl<'a> Run<'a> {
             if harmed.must_not_open {
                 return Err(format!("the image opens after {what}"));
             }
-            let report = world.request(0, Request::Check).ok_or_else(|| format!("a check hangs after {what}"))?;
+            let report = world.request(0, Request::Check { repair: Repair::None }).ok_or_else(|| format!("a check hangs after {what}"))?;
             if harmed.check_must_find && matches!(&report, Ok(Reply::Check(report)) if report.corruptions == 0) {
                 return Err(format!("check finds nothing after {what}"));
             }
@@ -550,6 +557,123 @@ impl<'a> Run<'a> {
                 if !right {
                     return Err(format!("after {what}, cell {} is read wrong without an error: {}", window.first + i as u64, model.oracle.explain(window.index + i)));
                 }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Run<'_> {
+    /// A broken copy: looked at, repaired with the power going meanwhile, and looked at again. What is
+    /// not under damaged metadata reads right all the time.
+    fn repair(&mut self, broken: &Broken, prng: &mut Prng) -> Verdict<()> {
+        self.report.totals.repaired += 1;
+        self.look_at_broken(broken, &broken.bytes, false, prng.bits()).map_err(|text| format!("{text}, after {}", broken.what))?;
+        let mut bytes = broken.bytes.clone();
+        let attempts = prng.pick(&[1, 1, 2, 2, 3, 4]);
+        for cuts_left in (0..attempts).rev() {
+            let cut = (cuts_left > 0).then(|| Cut { at: prng.between(4, 60), keep: Keep::Seeded(prng.bits()) });
+            let done = self.repair_once(broken, &bytes, cut.as_ref(), prng.bits());
+            let (left, whole, found) = done.map_err(|text| format!("{text}, in a repair after {}", broken.what))?;
+            bytes = left;
+            if whole {
+                if !found && attempts == 1 {
+                    return Err(format!("a repair finds nothing after {}", broken.what));
+                }
+                break;
+            }
+        }
+        self.look_at_broken(broken, &bytes, true, prng.bits()).map_err(|text| format!("{text}, after the repair of {}", broken.what))
+    }
+
+    /// One attempt to repair; what is left in the file, whether it came to its end, and found something.
+    fn repair_once(&mut self, broken: &Broken, bytes: &Store, cut: Option<&Cut>, seed: u64) -> Verdict<(Store, bool, bool)> {
+        let mut setup = Setup { bytes: bytes.clone(), ..self.setup(seed, 1) };
+        setup.failures = Failures::default();
+        let world = World::new(setup, Checker::new(Mode::Damaged, None));
+        let repair = |repair| Request::Check { repair };
+        let mut reports = Vec::new();
+        for (id, request) in [Request::Open, repair(Repair::All), repair(Repair::None), Request::Close].into_iter().enumerate() {
+            world.submit(0, request, id as RequestId);
+            let Some(outcome) = until_done(&world, id as RequestId, cut)? else {
+                let left = world.cut(&cut.expect("only a cut stops it").keep);
+                self.leave(&world)?;
+                return Ok((left, false, false));
+            };
+            match outcome.map_err(|error| format!("request {id} fails: {error}"))? {
+                Reply::Check(report) => reports.push(report),
+                _ if id == 0 => world.set_metadata_end(world.image().info().map_err(|error| error.to_string())?.header.data_offset),
+                _ => {}
+            }
+            if id == 2 {
+                self.read_broken(&world, broken, true)?;
+            }
+        }
+        let [first, second] = &reports[..] else { return Err("two checks have two answers".into()) };
+        let no_space = first.findings.iter().any(|text| text.contains("still share storage"));
+        if (second.corruptions > 0 || second.leaked > 0) && !no_space {
+            return Err(format!("a check finds {:?} and {} leaked bytes", second.findings, second.leaked));
+        }
+        let left = world.disk().stable.clone();
+        self.leave(&world)?;
+        Ok((left, true, first.corruptions_fixed + first.leaked_fixed > 0 || no_space))
+    }
+
+    /// A read-only open, with a check.
+    fn look_at_broken(&mut self, broken: &Broken, bytes: &Store, repaired: bool, seed: u64) -> Verdict<()> {
+        let mut setup = Setup { bytes: bytes.clone(), ..self.setup(seed, 1) };
+        setup.config.read_only = true;
+        setup.failures = Failures::default();
+        let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
+        let opened = world.request(0, Request::Open).ok_or("a read-only open hangs")?;
+        opened.map_err(|error| format!("a read-only open fails: {error}"))?;
+        self.read_broken(&world, broken, repaired)?;
+        let reply = world.request(0, Request::Check { repair: Repair::None }).ok_or("a check hangs")?;
+        match reply.map_err(|error| format!("a check fails: {error}"))? {
+            Reply::Check(report) if !repaired && report.corruptions + report.leaked == 0 => return Err("a check finds nothing".into()),
+            Reply::Check(report) if repaired && report.corruptions + report.leaked > 0 => {
+                let known = self.options.chunk_size > 0 && !self.options.limits[0].grows_zeroed;
+                if !known {
+                    return Err(format!("a check finds {:?} and {} leaked bytes", report.findings, report.leaked));
+                }
+            }
+            _ => {}
+        }
+        self.leave(&world)
+    }
+
+    /// Reads what is in use: right, but for what the damage took.
+    fn read_broken(&self, world: &Rc<World>, broken: &Broken, repaired: bool) -> Verdict<()> {
+        let model = self.model();
+        let (windows, cell) = (model.borrow().geometry.windows.clone(), self.options.cell);
+        let touches = |ranges: &[(u64, u64)], first: u64, count: u64| ranges.iter().any(|(start, end)| *start < (first + count) * cell && first * cell < *end);
+        for window in windows {
+            // In pieces, so that what can be read is.
+            let mut done = 0;
+            while done < window.count {
+                let (first, count) = (window.first + done, (window.count - done).min(8));
+                let buf = Buf::new(vec![0xee; (count * cell) as usize], 0);
+                let outcome = world.request(0, Request::Read { offset: first * cell, buf: buf.clone() }).ok_or("a read hangs")?;
+                match outcome {
+                    Err(error) if repaired || !touches(&broken.unreadable, first, count) => return Err(format!("a read of cells {first}+{count} fails: {error}")),
+                    Err(_) => {}
+                    Ok(_) => {
+                        let model = model.borrow();
+                        for i in 0..count {
+                            let (index, number) = (window.index + (done + i) as usize, first + i);
+                            let right = buf.with(|bytes| {
+                                let bytes = &bytes[(i * cell) as usize..][..cell as usize];
+                                model.oracle.may_survive(index, number, bytes)
+                                    || touches(&broken.anything, number, 1)
+                                    || (touches(&broken.lost, number, 1) && model.oracle.is_untouched(number, bytes))
+                            });
+                            if !right {
+                                return Err(format!("cell {number} is read wrong: {}", model.oracle.explain(index)));
+                            }
+                        }
+                    }
+                }
+                done += count;
             }
         }
         Ok(())

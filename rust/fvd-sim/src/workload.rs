@@ -9,6 +9,7 @@ use crate::options::{BaseIs, KINDS, Kind, Options};
 use crate::plan::{Act, Cut, Plan, Session, Step};
 use crate::prng::{Prng, mix};
 use crate::world::Failures;
+use fvd_engine::Repair;
 
 /// Outcomes of a power cut that are drawn beside the plan's own.
 const BRANCHES: u64 = 4;
@@ -108,7 +109,7 @@ impl Draw<'_> {
             k if k == Kind::Shrink as usize && !early => self.shrink(),
             k if k == Kind::ChangeBase as usize => Act::ChangeBase,
             k if k == Kind::Empty as usize => Act::Empty,
-            k if k == Kind::Check as usize => Act::Check,
+            k if k == Kind::Check as usize => Act::Check { repair: p.pick(&[Repair::None, Repair::Leaks, Repair::All]) },
             k if k == Kind::Beyond as usize => Act::Beyond { write: p.chance(50) },
             k if k == Kind::Sleep as usize => Act::Sleep { ns: p.pick(&[MS, 200 * MS, 6 * SECOND]) },
             k if k == Kind::Attach as usize => Act::Attach { attached: p.chance(60) },

@@ -189,7 +189,7 @@ pub fn ask(bytes: &Store, sample: &Sample, read_only: bool) -> Outcome {
         outcome = Outcome::Older;
     }
     let _ = sim.ask(Request::BlockStatus { offset: 0, len: size.clamp(1, SIZE) });
-    assert!(matches!(sim.ask(Request::Check), Ok(Reply::Check(_)) | Err(_)));
+    assert!(matches!(sim.ask(Request::Check { repair: fvd_engine::Repair::None }), Ok(Reply::Check(_)) | Err(_)));
     if !read_only && sim.ask(Request::Write { offset: 3 * BLOCK + 7, buf: Buf::new(vec![0xaa; 30]), fua: true }).is_ok() {
         assert_eq!(sim.read(3 * BLOCK + 7, 30), vec![0xaa; 30]);
     }

@@ -90,7 +90,7 @@ impl Sim {
 
     /// Number of damaged structures, and texts.
     pub fn check(&self) -> (u64, Vec<String>) {
-        match self.ask(Request::Check).unwrap() {
+        match self.ask(Request::Check { repair: fvd_engine::Repair::None }).unwrap() {
             Reply::Check(report) => (report.corruptions, report.findings),
             other => panic!("{other:?}"),
         }

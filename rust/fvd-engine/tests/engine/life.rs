@@ -247,7 +247,7 @@ fn requests_need_an_open_handle() {
             Request::Resize { size: 2 * MIB, zeroed: false },
             Request::BlockStatus { offset: 0, len: 1 },
             Request::ChangeBase { name: String::new(), format: String::new() },
-            Request::Check,
+            Request::Check { repair: fvd_engine::Repair::None },
             Request::Close,
         ]
     };
@@ -318,7 +318,7 @@ fn an_open_for_inspection_reads_little_and_serves_nothing() {
     assert!(read <= 64 * KIB, "{read} bytes read");
     assert_eq!(sim.info().header.virtual_size, MIB);
     assert!(!sim.info().header.clean);
-    for request in [Request::Flush, Request::Read { offset: 0, buf: Buf::new(vec![0; 512]) }, Request::Check, Request::BlockStatus { offset: 0, len: 1 }] {
+    for request in [Request::Flush, Request::Read { offset: 0, buf: Buf::new(vec![0; 512]) }, Request::Check { repair: fvd_engine::Repair::None }, Request::BlockStatus { offset: 0, len: 1 }] {
         assert_eq!(sim.ask(request).unwrap_err().kind, Kind::State);
     }
     let write = Request::Write { offset: 900 * KIB, buf: Buf::new(vec![0; 512]), fua: false };
@@ -613,7 +613,7 @@ fn a_disk_of_nothing_grows_again() {
         let sim = Sim::new(params, Some(base.clone()));
         sim.write(3 * KIB, vec![9; 300 * KIB as usize]);
         sim.flush();
-        sim.ask(Request::Check).unwrap();
+        sim.ask(Request::Check { repair: fvd_engine::Repair::None }).unwrap();
         let sim = Sim::open(&sim.close(), Some(base.clone()));
         sim.write(5 * KIB, vec![8; 100 * KIB as usize]);
         sim.write(900 * KIB, vec![8; 50 * KIB as usize]);

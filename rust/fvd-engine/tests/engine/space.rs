@@ -549,7 +549,7 @@ fn a_disk_without_a_base_serves_everything_and_a_disk_of_nothing_opens() {
         if size > 0 {
             same(&sim.read(size - 512, 512), &vec![1; 512], "disk");
         }
-        assert_eq!(sim.ask(Request::Check).map(|r| matches!(r, Reply::Check(_))), Ok(true));
+        assert_eq!(sim.ask(Request::Check { repair: fvd_engine::Repair::None }).map(|r| matches!(r, Reply::Check(_))), Ok(true));
         sim.close();
     }
 }

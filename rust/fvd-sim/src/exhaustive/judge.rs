@@ -15,7 +15,7 @@ use crate::memory::Buf;
 use crate::store::{PAGE, Store};
 use crate::world::World;
 use fvd_engine::host::{FileId, OpKind};
-use fvd_engine::{Reply, Request};
+use fvd_engine::{Repair, Reply, Request};
 use fvd_format::header::HEADER_OFFSETS;
 use fvd_format::{Header, PageZero};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -297,7 +297,7 @@ fn read_all(world: &Rc<World>, header: &Header) -> Verdict<Shown> {
 }
 
 fn check(world: &Rc<World>) -> Verdict<()> {
-    let report: Reply = world.request(0, Request::Check).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
+    let report: Reply = world.request(0, Request::Check { repair: Repair::None }).ok_or("a check hangs")?.map_err(|error| format!("a check fails: {error}"))?;
     crate::guest::check_report(world, &report);
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::plan::{Act, Cut, Plan, Step};
 use crate::run::{Run, Verdict, until_done};
 use crate::store::Store;
 use crate::world::World;
-use fvd_engine::Request;
+use fvd_engine::{Repair, Request};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FileId, Limits, OpKind};
 use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS};
@@ -98,7 +98,7 @@ const WRITE: Steps = &[
     &[Act::Flush, write(104, 3)],
     &[write(0, 6), write(4, 8), Act::Flush],
     &[Act::Flush],
-    &[Act::Check],
+    &[CHECK],
     &[ALL],
     &[fua(51, 3)],
 ];
@@ -122,12 +122,14 @@ const LAYOUT: Steps = &[
     &[Act::Shrink { cells: 60 }, write(20, 9)],
     &[Act::Grow { cells: 50 }],
     &[write(212, 9)],
-    &[Act::Check],
+    &[CHECK],
 ];
 
 const RECOVERED: Steps = &[&[Act::Read { first: 0, count: 150 }], &[write(2, 3)], &[write(86, 20)], &[Act::Flush], &[zero(5, 20, false, false)], &[fua(77, 1)]];
 
-const LOOK: Steps = &[&[ALL], &[Act::Status { first: 0, count: CELLS }], &[Act::Check]];
+/// A look at everything.
+const CHECK: Act = Act::Check { repair: Repair::None };
+const LOOK: Steps = &[&[ALL], &[Act::Status { first: 0, count: CELLS }], &[CHECK]];
 
 const PRISTINE: Steps = &[
     &[Act::Read { first: 0, count: 20 }],
