@@ -114,7 +114,7 @@ static void check(enum mode mode)
     queue_init(&q, &d.host, image);
     int64_t ret = do_open(&q);
     if (ret == 0) {
-        fvd_submit_check(q.queue, &report, finding, done, &r);
+        fvd_submit_check(q.queue, &report, 0, finding, done, &r);
         ret = wait_for(&q, &r);
         if (ret == 0) {
             CHECK(report.corruptions > 0);
@@ -124,6 +124,26 @@ static void check(enum mode mode)
         CHECK_EQ(do_close(&q), 0);
     }
     CHECK(ret == 0 || ret == -EIO);
+    queue_free(&q);
+    fvd_image_free(&image);
+    /* What the bitmap said is lost: told, and the base shows. */
+    image = image_new(&d.host, 0);
+    queue_init(&q, &d.host, image);
+    if (do_open(&q) == 0) {
+        fvd_submit_check(q.queue, &report, 4, NULL, done, &r);
+        CHECK_EQ(wait_for(&q, &r), -EINVAL);
+        fvd_submit_check(q.queue, &report, FVD_CHECK_REPAIR_LEAKS, NULL, done, &r);
+        CHECK_EQ(wait_for(&q, &r), 0);
+        CHECK(report.corruptions > 0 && report.corruptions_fixed == 0);
+        fvd_submit_check(q.queue, &report, FVD_CHECK_REPAIR_ALL, finding, done, &r);
+        CHECK_EQ(wait_for(&q, &r), 0);
+        CHECK(report.corruptions == 0 && report.corruptions_fixed > 0);
+        CHECK_EQ(report.lost_bytes, MIB);
+        CHECK_EQ(do_check(&q, &report), 0);
+        CHECK(report.corruptions == 0 && report.corruptions_fixed == 0);
+        CHECK_EQ(report.blocks_present, 0);
+        CHECK_EQ(do_close(&q), 0);
+    }
     queue_free(&q);
     fvd_image_free(&image);
     disk_end(&d);

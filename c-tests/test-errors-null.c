@@ -44,7 +44,7 @@ static void all_submits(struct fvd_queue *queue)
     CHECK(calls == 10 && last == -EINVAL);
     fvd_submit_change_base(queue, "x", "raw", remember, &last);
     CHECK(calls == 11 && last == -EINVAL);
-    fvd_submit_check(queue, &check, NULL, remember, &last);
+    fvd_submit_check(queue, &check, 0, NULL, remember, &last);
     CHECK(calls == 12 && last == -EINVAL);
     fvd_submit_make_empty(queue, remember, &last);
     CHECK(calls == 13 && last == -EINVAL);
@@ -137,7 +137,7 @@ int main(void)
     fvd_submit_block_status(d.q.queue, 0, 512, NULL, done, &r);
     CHECK_EQ(wait_for(&d.q, &r), -EINVAL);
     r = (struct result){ 0 };
-    fvd_submit_check(d.q.queue, NULL, NULL, done, &r);
+    fvd_submit_check(d.q.queue, NULL, 0, NULL, done, &r);
     CHECK_EQ(wait_for(&d.q, &r), -EINVAL);
 
     /* API-34: names. */

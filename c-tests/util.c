@@ -585,7 +585,7 @@ int64_t do_check(struct mem_queue *q, struct fvd_check *out)
 {
     struct result r = { 0 };
     out->struct_size = sizeof(*out);
-    fvd_submit_check(q->queue, out, NULL, done, &r);
+    fvd_submit_check(q->queue, out, 0, NULL, done, &r);
     return wait_for(q, &r);
 }
 

@@ -141,6 +141,16 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_PREALLOC_FULL 3
 
 /**
+ * fvd_submit_check: space that nothing uses is given back.
+ */
+#define FVD_CHECK_REPAIR_LEAKS 1
+
+/**
+ * fvd_submit_check: leaks, and all damage that can be repaired.
+ */
+#define FVD_CHECK_REPAIR_ALL 2
+
+/**
  * fvd_create: storage is allocated a chunk at a time, by a lookup table.
  */
 #define FVD_CREATE_COMPACT 1
@@ -652,11 +662,11 @@ struct fvd_check {
      */
     size_t struct_size;
     /**
-     * Damaged structures.
+     * Damaged structures that are left.
      */
     uint64_t corruptions;
     /**
-     * Bytes that nothing uses.
+     * Bytes at the end of the file that nothing uses, and are left.
      */
     uint64_t leaked;
     /**
@@ -684,6 +694,19 @@ struct fvd_check {
      * chunk before.
      */
     uint64_t chunks_fragmented;
+    /**
+     * Damaged structures that were repaired, which corruptions does not count.
+     */
+    uint64_t corruptions_fixed;
+    /**
+     * Bytes that were given back, which leaked does not count.
+     */
+    uint64_t leaked_fixed;
+    /**
+     * Guest bytes of which nobody can tell what they held: they cannot be
+     * read, and read as the base or as zero after a repair.
+     */
+    uint64_t lost_bytes;
 };
 
 #ifdef __cplusplus
@@ -949,9 +972,17 @@ void fvd_submit_make_empty(struct fvd_queue *queue, fvd_done_fn *done, void *opa
 /**
  * Checks the image. out stays valid until done. finding, unless NULL, is
  * called with opaque for each finding (100 at most), right before done.
+ *
+ * flags: 0 only looks; FVD_CHECK_REPAIR_LEAKS gives back what lies behind the
+ * end of the image in its file; FVD_CHECK_REPAIR_ALL also repairs damage.
+ * Nothing is invented: what damaged metadata spoke of reads afterwards as the
+ * base does, or as zero, and is told by findings. The image must be open for
+ * writing (-EROFS); every other write waits meanwhile. A crash leaves an image
+ * that can be repaired again.
  */
 void fvd_submit_check(struct fvd_queue *queue,
                       struct fvd_check *out,
+                      uint32_t flags,
                       fvd_finding_fn *finding,
                       fvd_done_fn *done,
                       void *opaque);

@@ -323,6 +323,45 @@ with suite.test("a device full of old bytes never shows them (512 and 4096 bytes
                 check_clean(path)
                 has(img("info", path), "zeroed: true")
 
+def repair(path, what, status=0):
+    """qemu-img check -r: its answer."""
+    return run_json("qemu-img", "check", "-r", what, "--output=json", path, status=status)
+
+
+def region_of(path, kind):
+    line = next(line for line in run("fvd", "dump", "--header", path).splitlines() if "region %s" % kind in line)
+    return int(line.split("offset ")[1].split(",")[0])
+
+
+def rot(path, at):
+    with open(path, "r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 1]))
+
+
+with suite.test("check -r leaks gives back what lies behind the end, check -r all repairs damage"):
+    path = create(suite.path("repair.img"), 64 * MIB)
+    io(path, "write -q -P 1 0 4M", "write -q -P 2 32M 64k")
+    length = os.path.getsize(path)
+    os.truncate(path, length + 3 * MIB)
+    has(img("check", path, status=3), "48 leaked clusters")
+    report = repair(path, "leaks")
+    check((report.get("leaks-fixed"), os.path.getsize(path)) == (48, length), "%s, %d bytes", report, os.path.getsize(path))
+    io(path, "read -q -P 1 0 4M", "read -q -P 2 32M 64k")
+    # Rot in the only page of the lookup table: no byte of the disk can be told.
+    rot(path, region_of(path, "Table") + 100)
+    has(img("check", path, status=2), "lookup table page 0 is damaged", "67108864")
+    report = repair(path, "leaks", status=2)
+    check((report.get("corruptions"), report.get("corruptions-fixed", 0)) == (1, 0), "%s", report)
+    report = repair(path, "all")
+    check((report.get("corruptions", 0), report.get("corruptions-fixed")) == (0, 1), "%s", report)
+    check_clean(path)
+    io(path, "read -q -P 0 0 64M", "write -q -P 3 1M 1M", "read -q -P 3 1M 1M", "read -q -P 0 2M 62M")
+    check_clean(path)
+
+
 with suite.test("the fvd tool makes, describes and checks one on a device"):
     with Loop("tool.bin", 8 * MIB) as loop:
         has(run("fvd", "create", "--compact", "--chunk-size", "64K", "--journal-size", "1M", loop.device, "64M"), "chunks of 64 KiB")

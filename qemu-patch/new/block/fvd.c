@@ -901,6 +901,8 @@ fvd_co_check(BlockDriverState *bs, BdrvCheckResult *result, BdrvCheckMode fix)
     FVDEngine *e = fvd_co_engine(bs);
     struct fvd_check check = { .struct_size = sizeof(check) };
     struct fvd_info info;
+    uint32_t cluster;
+    uint32_t flags = 0;
     Error *local_err = NULL;
     FVDWait w = {};
     int ret;
@@ -908,7 +910,13 @@ fvd_co_check(BlockDriverState *bs, BdrvCheckResult *result, BdrvCheckMode fix)
     if (!e) {
         return -EIO;
     }
-    fvd_submit_check(fvd_queue(e), &check, fvd_check_finding, fvd_done, &w);
+    if (fix & BDRV_FIX_ERRORS) {
+        flags = FVD_CHECK_REPAIR_ALL;
+    } else if (fix & BDRV_FIX_LEAKS) {
+        flags = FVD_CHECK_REPAIR_LEAKS;
+    }
+    fvd_submit_check(fvd_queue(e), &check, flags, fvd_check_finding,
+                     fvd_done, &w);
     ret = fvd_co_wait(&w, &local_err);
     if (ret < 0) {
         error_report_err(local_err);
@@ -917,9 +925,12 @@ fvd_co_check(BlockDriverState *bs, BdrvCheckResult *result, BdrvCheckMode fix)
     }
 
     fvd_get_info(s, &info);
+    cluster = fvd_cluster_size(&info);
     result->corruptions = MIN(check.corruptions, INT_MAX);
-    result->leaks = MIN(DIV_ROUND_UP(check.leaked, fvd_cluster_size(&info)),
-                        INT_MAX);
+    result->corruptions_fixed = MIN(check.corruptions_fixed, INT_MAX);
+    result->leaks = MIN(DIV_ROUND_UP(check.leaked, cluster), INT_MAX);
+    result->leaks_fixed = MIN(DIV_ROUND_UP(check.leaked_fixed, cluster),
+                              INT_MAX);
     result->image_end_offset = check.image_end;
     if (info.chunk_size) {
         result->bfi.total_clusters = check.chunks_total;

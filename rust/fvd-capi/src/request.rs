@@ -6,7 +6,7 @@ use crate::handle::{Out, check_flags, copy_in, get, string};
 use crate::panic::guard;
 use crate::queue::{QueueInner, fvd_queue};
 use crate::types::*;
-use fvd_engine::{CheckReport, CreateParams, Place, Preallocation, Reply, Request};
+use fvd_engine::{CheckReport, CreateParams, Place, Preallocation, Repair, Reply, Request};
 use fvd_host::IoVecBuf;
 use std::ffi::{c_char, c_int, c_void};
 
@@ -79,6 +79,9 @@ fn check_of(report: &CheckReport) -> fvd_check {
         chunks_total: report.chunks_total,
         chunks_allocated: report.chunks_allocated,
         chunks_fragmented: report.chunks_fragmented,
+        corruptions_fixed: report.corruptions_fixed,
+        leaked_fixed: report.leaked_fixed,
+        lost_bytes: report.lost_bytes,
     }
 }
 
@@ -358,8 +361,25 @@ pub unsafe extern "C" fn fvd_submit_make_empty(queue: *mut fvd_queue, done: fvd_
 
 /// Checks the image. out stays valid until done. finding, unless NULL, is
 /// called with opaque for each finding (100 at most), right before done.
+///
+/// flags: 0 only looks; FVD_CHECK_REPAIR_LEAKS gives back what lies behind the
+/// end of the image in its file; FVD_CHECK_REPAIR_ALL also repairs damage.
+/// Nothing is invented: what damaged metadata spoke of reads afterwards as the
+/// base does, or as zero, and is told by findings. The image must be open for
+/// writing (-EROFS); every other write waits meanwhile. A crash leaves an image
+/// that can be repaired again.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fvd_submit_check(queue: *mut fvd_queue, out: *mut fvd_check, finding: fvd_finding_fn, done: fvd_done_fn, opaque: *mut c_void) {
+pub unsafe extern "C" fn fvd_submit_check(queue: *mut fvd_queue, out: *mut fvd_check, flags: u32, finding: fvd_finding_fn, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: see `fvd_submit_create`.
-    unsafe { submit(queue, done, opaque, || Ok((Request::Check { repair: fvd_engine::Repair::None }, Answer::Check(Out::new(out)?, finding)))) }
+    unsafe {
+        submit(queue, done, opaque, || {
+            check_flags(flags, FVD_CHECK_REPAIR_LEAKS | FVD_CHECK_REPAIR_ALL, "check")?;
+            let repair = match flags {
+                0 => Repair::None,
+                FVD_CHECK_REPAIR_LEAKS => Repair::Leaks,
+                _ => Repair::All,
+            };
+            Ok((Request::Check { repair }, Answer::Check(Out::new(out)?, finding)))
+        })
+    }
 }

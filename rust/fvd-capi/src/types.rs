@@ -56,6 +56,11 @@ pub const FVD_PREALLOC_FALLOC: u32 = 2;
 /// Zeroes written to the whole disk.
 pub const FVD_PREALLOC_FULL: u32 = 3;
 
+/// fvd_submit_check: space that nothing uses is given back.
+pub const FVD_CHECK_REPAIR_LEAKS: u32 = 1;
+/// fvd_submit_check: leaks, and all damage that can be repaired.
+pub const FVD_CHECK_REPAIR_ALL: u32 = 2;
+
 /// fvd_create: storage is allocated a chunk at a time, by a lookup table.
 pub const FVD_CREATE_COMPACT: u32 = 1;
 
@@ -247,9 +252,9 @@ pub struct fvd_block_status {
 pub struct fvd_check {
     /// sizeof(struct fvd_check), set by the caller.
     pub struct_size: usize,
-    /// Damaged structures.
+    /// Damaged structures that are left.
     pub corruptions: u64,
-    /// Bytes that nothing uses.
+    /// Bytes at the end of the file that nothing uses, and are left.
     pub leaked: u64,
     /// Blocks that the bitmap covers.
     pub blocks_total: u64,
@@ -264,6 +269,13 @@ pub struct fvd_check {
     /// Compact: of these, chunks whose storage does not follow that of the
     /// chunk before.
     pub chunks_fragmented: u64,
+    /// Damaged structures that were repaired, which corruptions does not count.
+    pub corruptions_fixed: u64,
+    /// Bytes that were given back, which leaked does not count.
+    pub leaked_fixed: u64,
+    /// Guest bytes of which nobody can tell what they held: they cannot be
+    /// read, and read as the base or as zero after a repair.
+    pub lost_bytes: u64,
 }
 
 /// Answer of fvd_lookup.

@@ -4,12 +4,20 @@
 use crate::info::print_line;
 use crate::progress::Printer;
 use crate::size::human;
-use crate::{Failure, Opening, Outcome, Output, Target};
-use clap::Args;
-use fvd_engine::{CheckReport, Kind};
+use crate::{Failure, Opening, Outcome, Output, Target, host_options};
+use clap::{Args, ValueEnum};
+use fvd_engine::{CheckReport, Kind, Repair};
 use fvd_host::disk::Disk;
 use serde_json::json;
 use std::path::Path;
+
+#[derive(Clone, Copy, ValueEnum)]
+enum What {
+    /// Give back space that nothing uses
+    Leaks,
+    /// Leaks, and everything damaged; what is lost is told
+    All,
+}
 
 #[derive(Args)]
 pub struct Check {
@@ -17,6 +25,9 @@ pub struct Check {
     target: Target,
     #[command(flatten)]
     opening: Opening,
+    /// Repair what is found; the image must not be in use
+    #[arg(short, long, value_enum, value_name = "WHAT", conflicts_with = "force_share")]
+    repair: Option<What>,
     /// How to print
     #[arg(long, value_enum, default_value_t)]
     output: Output,
@@ -28,8 +39,27 @@ pub struct Check {
 pub fn run(args: &Check) -> Outcome {
     let path = &args.target.file;
     let mut printer = Printer::stderr(format!("checking '{}'", path.display()), args.progress);
-    let result = Disk::open_with(path, &args.opening.options(), &mut |progress| printer.tick(progress))
-        .and_then(|disk| disk.check(&mut |progress| printer.tick(progress)));
+    let options = match args.repair {
+        None => args.opening.options(),
+        // Read-write: an image that was not closed recovers first.
+        Some(_) => host_options(),
+    };
+    let repair = args.repair.map_or(Repair::None, |what| match what {
+        What::Leaks => Repair::Leaks,
+        What::All => Repair::All,
+    });
+    let result = Disk::open_with(path, &options, &mut |progress| printer.tick(progress)).and_then(|disk| {
+        let mut report = disk.check(repair, &mut |progress| printer.tick(progress))?;
+        if report.corruptions_fixed + report.leaked_fixed > 0 {
+            // Looked at once more: what counts is what is left now.
+            let again = disk.check(Repair::None, &mut |progress| printer.tick(progress))?;
+            let CheckReport { findings, corruptions_fixed, leaked_fixed, lost, lost_bytes, .. } = report;
+            report = CheckReport { corruptions_fixed, leaked_fixed, lost, lost_bytes, ..again };
+            report.findings.splice(0..0, findings);
+        }
+        disk.close()?;
+        Ok(report)
+    });
     printer.finish();
     let report = result.map_err(|error| {
         // An image too damaged to be opened is damaged, not unchecked.
@@ -51,9 +81,22 @@ fn print_text(report: &CheckReport) -> Result<(), Failure> {
     for finding in &report.findings {
         print_line(&format!("damaged: {finding}"))?;
     }
-    let unlisted = report.corruptions.saturating_sub(report.findings.len() as u64);
+    let unlisted = (report.corruptions + report.corruptions_fixed).saturating_sub(report.findings.len() as u64);
     if unlisted > 0 {
         print_line(&format!("damaged: {unlisted} more"))?;
+    }
+    for (offset, len) in &report.lost {
+        print_line(&format!("lost: {len} guest bytes from {offset} on: what they held cannot be told"))?;
+    }
+    let unlisted = report.lost_bytes - report.lost.iter().map(|(_, len)| len).sum::<u64>();
+    if unlisted > 0 {
+        print_line(&format!("lost: {unlisted} more guest bytes"))?;
+    }
+    if report.corruptions_fixed > 0 {
+        print_line(&format!("{} damaged structures were repaired", report.corruptions_fixed))?;
+    }
+    if report.leaked_fixed > 0 {
+        print_line(&format!("{} used by nothing were given back", human(report.leaked_fixed)))?;
     }
     if report.corruptions > 0 {
         print_line(&format!("{} damaged structures: data may be wrong or missing", report.corruptions))?;
@@ -83,7 +126,11 @@ fn print_json(path: &Path, report: &CheckReport) -> Result<(), Failure> {
         "format": "fvd",
         "check-errors": 0,
         "corruptions": report.corruptions,
+        "corruptions-fixed": report.corruptions_fixed,
         "leaked-bytes": report.leaked,
+        "leaked-bytes-fixed": report.leaked_fixed,
+        "lost-bytes": report.lost_bytes,
+        "lost": report.lost.iter().map(|(offset, length)| json!({ "offset": offset, "length": length })).collect::<Vec<_>>(),
         "total-blocks": report.blocks_total,
         "present-blocks": report.blocks_present,
         "image-end-offset": report.image_end,

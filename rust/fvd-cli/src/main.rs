@@ -31,7 +31,7 @@ enum Command {
     Create(create::Create),
     /// Describe an image, without opening its base
     Info(info::Info),
-    /// Check an image. Exit status: 0 sound, 2 damaged, 3 space leaked only, 1 could not be checked
+    /// Check an image, and repair it. Exit status, by what is left: 0 sound, 2 damaged, 3 space leaked only, 1 could not be checked
     Check(check::Check),
     /// List where the content of the disk is: in the image (data), in the base, or nowhere (zero)
     Map(map::Map),

@@ -206,7 +206,7 @@ fn check_tells_sound_from_damaged_by_its_status() {
     flip(&path, offset + 100);
     let ran = dir.fvd(&["check", "disk.fvd"]);
     assert_eq!(ran.status, 2, "{}{}", ran.out, ran.err);
-    assert!(ran.out.contains("page 0 of Bitmap"), "{}", ran.out);
+    assert!(ran.out.contains("bitmap page 0 is damaged"), "{}", ran.out);
     let ran = dir.fvd(&["check", "--output=json", "disk.fvd"]);
     assert_eq!((ran.status, serde_json::from_str::<Value>(&ran.out).unwrap()["corruptions"].as_u64()), (2, Some(1)));
     // Too short to be opened: damaged as well.
@@ -216,6 +216,37 @@ fn check_tells_sound_from_damaged_by_its_status() {
     assert!(ran.err.contains("'disk.fvd'") && ran.err.contains("too short"), "{}", ran.err);
     dir.bad(&["check", "base.raw"], &["not an FVD image"]);
     dir.bad(&["check", "gone.fvd"], &["gone.fvd"]);
+}
+
+#[test]
+fn check_repairs_what_it_is_told_to() {
+    let dir = Dir::new();
+    let path = dir.disk();
+    let disk = Disk::open(&path, &Options { allow_base: true, ..Options::default() }).unwrap();
+    disk.pwrite(&[1; 4096], 0, false).unwrap();
+    disk.close().unwrap();
+    let length = path.metadata().unwrap().len();
+    let grow = || OpenOptions::new().write(true).open(&path).unwrap().set_len(length + (1 << 20)).unwrap();
+    grow();
+    assert_eq!(dir.fvd(&["check", "disk.fvd"]).status, 3);
+    let text = dir.good(&["check", "-r", "leaks", "disk.fvd"]);
+    assert!(text.contains("given back") && text.contains("No errors"), "{text}");
+    assert_eq!(path.metadata().unwrap().len(), length);
+    // Damage is no leak.
+    let dump = dir.good(&["dump", "--header", "disk.fvd"]);
+    let line = dump.lines().find(|line| line.contains("region Bitmap")).unwrap();
+    let offset: u64 = line.split("offset ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+    flip(&path, offset + 100);
+    flip(&path, 4096 + 100);
+    grow();
+    let ran = dir.fvd(&["check", "-r", "leaks", "disk.fvd"]);
+    assert_eq!((ran.status, path.metadata().unwrap().len()), (2, length), "{}{}", ran.out, ran.err);
+    flip(&path, 4096 + 100);
+    let report = dir.json(&["check", "-r", "all", "--output=json", "disk.fvd"]);
+    assert_eq!((&report["corruptions"], &report["corruptions-fixed"], &report["lost"][0]["offset"]), (&0.into(), &2.into(), &0.into()), "{report}");
+    let text = dir.good(&["check", "disk.fvd"]);
+    assert!(text.contains("No errors") && text.contains("0/1024 blocks"), "{text}");
+    dir.bad(&["check", "-U", "-r", "all", "disk.fvd"], &["cannot be used with"]);
 }
 
 #[test]

@@ -291,6 +291,9 @@ impl Run {
             chunks_total: 0,
             chunks_allocated: 0,
             chunks_fragmented: 0,
+            corruptions_fixed: 0,
+            leaked_fixed: 0,
+            lost_bytes: 0,
         };
         let asked = Box::into_raw(Box::new(Asked { done: Cell::new(0), iov, memory, status, check }));
         self.asked.push(asked);
@@ -355,7 +358,7 @@ impl Run {
                 (3, 5) => self.submit(queue, |q, a| fvd_submit_flush(q, None, a.cast())),
                 (3, _) => self.submit(queue, |q, a| {
                     let out = if flags == 0 { null_mut() } else { &raw mut (*a).check };
-                    fvd_submit_check(q, out, Some(finding), Some(done), a.cast());
+                    fvd_submit_check(q, out, flags & 7, Some(finding), Some(done), a.cast());
                 }),
                 (_, 0 | 1) => self.submit(queue, |q, a| fvd_submit_write_zeroes(q, offset, len as u64, flags, Some(done), a.cast())),
                 (_, 2 | 3) => self.submit(queue, |q, a| fvd_submit_discard(q, offset, len as u64, Some(done), a.cast())),

@@ -22,7 +22,7 @@ pub fn dump(bytes: &[u8]) -> String {
     out
 }
 
-/// The image of section 24 of `docs/format.md`.
+/// The image of section 25 of `docs/format.md`.
 pub fn example() -> Header {
     let mut header = Header {
         uuid: std::array::from_fn(|i| i as u8),
