@@ -87,7 +87,7 @@ static void count_findings(struct result *r)
     findings_at_done = findings;
 }
 
-/* API-45 */
+/* API-45, API-72 */
 static void check(enum mode mode)
 {
     struct disk d;
