@@ -7,6 +7,7 @@ operation's cost; header, page map, bitmap pages and double-write area are the s
 checkpoints', and are counted apart. A sync belongs to what was written since the one before.
 """
 
+import errno
 import os
 import re
 
@@ -158,15 +159,15 @@ class Case:
 
     base: "full", "holes" or None. step: from one request to the next. room: requests the disk has
     room for, instead of as many as there are. used: the disk was full, and the first half of each
-    step discarded.
+    step discarded. no_zeroing: the storage refuses to zero, so that QEMU writes zeroes.
     """
 
     def __init__(self, name, flush=None, base="full", prefill=False, past_end=False, fvd="", limits=None, like_raw=False,
-                 step=STEP, room=None, used=False):
+                 step=STEP, room=None, used=False, no_zeroing=False):
         self.name, self.flush, self.base = name, flush, base
         self.prefill, self.past_end, self.fvd = prefill, past_end, fvd
         self.limits, self.like_raw = limits or {}, like_raw
-        self.step, self.room, self.used = step, room, used
+        self.step, self.room, self.used, self.no_zeroing = step, room, used, no_zeroing
 
 
 CASES = [
@@ -198,19 +199,24 @@ def measure(place, case, ops, label, form, options):
     if form == "fvd" and case.fvd:
         options += "," + case.fvd
     create(form, image, size * (2 if case.past_end else 1), base, options)
-    bench = [tool("qemu-img"), "bench", "-q", "-w", "-f", form, "-t", place.cache, "-i", "threads",
+    target = [image, "-f", form]
+    if case.no_zeroing:
+        rule = "file.inject-error.0"
+        target = ["--image-opts", f"driver={form},file.driver=blkdebug,file.image.driver=file,file.image.filename={image},"
+                  f"{rule}.event=none,{rule}.iotype=write-zeroes,{rule}.errno={errno.ENOTSUP}"]
+    bench = [tool("qemu-img"), "bench", *target, "-q", "-w", "-t", place.cache, "-i", "threads",
              "-d", 1, "-c", ops, "-s", 4096, "-S", case.step]
     if case.past_end:
         bench += ["-o", size]
     if case.prefill:
-        run(*bench, image)
+        run(*bench)
     if case.used:
         discards = [part for at in range(0, size, case.step) for part in ("-c", f"discard -q {at} {case.step // 2}")]
         run(tool("qemu-io"), "-f", form, "-d", "unmap", "-c", f"write -q -P 1 0 {size}", *discards, image)
     if case.flush:
         bench += [f"--flush-interval={case.flush}"]
     places = regions(image) if form == "fvd" else None
-    out = count(traced(place.path("trace"), *bench, image), image, base, places)
+    out = count(traced(place.path("trace"), *bench), image, base, places)
     data = out.by_kind.get("data" if places else "any", 0)
     if data < ops:
         raise AssertionError(f"{case.name}, {label}: {data} data writes seen for {ops} requests")
