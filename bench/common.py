@@ -24,6 +24,8 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 # The rivals, as qemu-img create options.
 QCOW2 = ("qcow2", "")
 EXTENDED = ("qcow2", "extended_l2=on,cluster_size=128k")
+LAZY = ("qcow2", "lazy_refcounts=on")
+LARGE = ("qcow2", "cluster_size=2M")
 
 
 class Failed(Exception):

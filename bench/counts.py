@@ -7,6 +7,7 @@ operation's cost; header, page map, bitmap pages and double-write area are the s
 checkpoints', and are counted apart. A sync belongs to what was written since the one before.
 """
 
+import errno
 import os
 import re
 
@@ -61,7 +62,7 @@ def regions(image):
     """What the header of an fvd image says lies where: (start, end, kind)."""
     text = run(tool("fvd"), "dump", image)
     out = [(0, 262144, "header")]
-    kinds = {"Journal": "journal", "DoubleWrite": "double write", "PageMap": "pages", "Bitmap": "pages"}
+    kinds = {"Journal": "journal", "DoubleWrite": "double write", "PageMap": "pages", "Bitmap": "pages", "Table": "pages"}
     for name, start, length in re.findall(r"^ *region (\w+): offset (\d+), length (\d+)", text, re.M):
         out.append((int(start), int(start) + int(length), kinds.get(name, name)))
     data = int(re.search(r"^ *data offset: (\d+)", text, re.M).group(1))
@@ -91,6 +92,16 @@ class Counts:
     def add_apart(self, what, writes, written, syncs):
         old = self.apart.get(what, (0, 0, 0))
         self.apart[what] = (old[0] + writes, old[1] + written, old[2] + syncs)
+
+    def __sub__(self, other):
+        """What a longer run cost more than this other one."""
+        out = Counts()
+        for name in ("writes", "written", "reads", "read", "syncs"):
+            setattr(out, name, getattr(self, name) - getattr(other, name))
+        for what, ours in self.apart.items():
+            theirs = other.apart.get(what, (0, 0, 0))
+            out.apart[what] = tuple(a - b for a, b in zip(ours, theirs))
+        return out
 
     def per(self, ops):
         return {
@@ -144,12 +155,19 @@ def count(calls, image, base, places):
 
 
 class Case:
-    """One guest operation, repeated. base: "full", "holes" or None; disk_ops: room for how many."""
+    """One guest operation, repeated.
 
-    def __init__(self, name, flush=None, base="full", prefill=False, past_end=False, fvd="", limits=None, like_raw=False):
+    base: "full", "holes" or None. step: from one request to the next. room: requests the disk has
+    room for, instead of as many as there are. used: the disk was full, and the first half of each
+    step discarded. no_zeroing: the storage refuses to zero, so that QEMU writes zeroes.
+    """
+
+    def __init__(self, name, flush=None, base="full", prefill=False, past_end=False, fvd="", limits=None, like_raw=False,
+                 step=STEP, room=None, used=False, no_zeroing=False):
         self.name, self.flush, self.base = name, flush, base
         self.prefill, self.past_end, self.fvd = prefill, past_end, fvd
         self.limits, self.like_raw = limits or {}, like_raw
+        self.step, self.room, self.used, self.no_zeroing = step, room, used, no_zeroing
 
 
 CASES = [
@@ -168,10 +186,10 @@ FORMATS = [("fvd", "fvd", "block_size=4k"), ("raw", "raw", ""), ("qcow2",) + QCO
 
 def measure(place, case, ops, label, form, options):
     """Counts of one case in one format."""
-    size = ops * STEP
+    size = (case.room or ops) * case.step
     image, base = place.path("count.img"), None
     if case.base and form != "raw":
-        base = place.path(f"base-{case.base}-{ops}")
+        base = place.path(f"base-{case.base}-{size}")
         if not os.path.exists(base):
             if case.base == "full":
                 filled(base, size)
@@ -181,16 +199,24 @@ def measure(place, case, ops, label, form, options):
     if form == "fvd" and case.fvd:
         options += "," + case.fvd
     create(form, image, size * (2 if case.past_end else 1), base, options)
-    bench = [tool("qemu-img"), "bench", "-q", "-w", "-f", form, "-t", place.cache, "-i", "threads",
-             "-d", 1, "-c", ops, "-s", 4096, "-S", STEP]
+    target = [image, "-f", form]
+    if case.no_zeroing:
+        rule = "file.inject-error.0"
+        target = ["--image-opts", f"driver={form},file.driver=blkdebug,file.image.driver=file,file.image.filename={image},"
+                  f"{rule}.event=none,{rule}.iotype=write-zeroes,{rule}.errno={errno.ENOTSUP}"]
+    bench = [tool("qemu-img"), "bench", *target, "-q", "-w", "-t", place.cache, "-i", "threads",
+             "-d", 1, "-c", ops, "-s", 4096, "-S", case.step]
     if case.past_end:
         bench += ["-o", size]
     if case.prefill:
-        run(*bench, image)
+        run(*bench)
+    if case.used:
+        discards = [part for at in range(0, size, case.step) for part in ("-c", f"discard -q {at} {case.step // 2}")]
+        run(tool("qemu-io"), "-f", form, "-d", "unmap", "-c", f"write -q -P 1 0 {size}", *discards, image)
     if case.flush:
         bench += [f"--flush-interval={case.flush}"]
     places = regions(image) if form == "fvd" else None
-    out = count(traced(place.path("trace"), *bench, image), image, base, places)
+    out = count(traced(place.path("trace"), *bench), image, base, places)
     data = out.by_kind.get("data" if places else "any", 0)
     if data < ops:
         raise AssertionError(f"{case.name}, {label}: {data} data writes seen for {ops} requests")

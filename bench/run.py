@@ -8,6 +8,7 @@ import sys
 
 sys.dont_write_bytecode = True
 
+import compact
 import counts
 import instructions
 import journal
@@ -43,6 +44,7 @@ def main():
     out.say(f"{facts['cpus']} x {facts['cpu']}, Linux {facts['kernel']}, load {facts['load']:.1f}; images on {place.describe()}")
     if "counts" in only:
         counts.report(place, args.quick, out)
+        compact.report(place, args.quick, out)
     if "opens" in only:
         opens.report(place, programs, out)
     if "instructions" in only:
