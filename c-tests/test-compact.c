@@ -191,6 +191,30 @@ static void discards(enum mode mode)
     disk_end(&d);
 }
 
+/* API-73 */
+static void discards_in_place(enum mode mode)
+{
+    struct disk d;
+    struct fvd_check before = { .struct_size = sizeof(before) }, after = before;
+    start(&d, mode, 0, 0);
+    disk_reopen(&d, FVD_OPEN_DISCARD_NO_UNREF);
+    CHECK_EQ(do_fill(&d.q, 7, 8 * CHUNK, 0), 0);
+    CHECK_EQ(do_check(&d.q, &before), 0);
+    CHECK_EQ(before.chunks_allocated, 8);
+    mem_host_reset_counts(&d.host);
+    CHECK_EQ(do_discard(&d.q, CHUNK, 2 * CHUNK), 0);
+    CHECK(d.host.ops[DISCARD] > 0);
+    CHECK_EQ(do_write_zeroes(&d.q, 4 * CHUNK, 2 * CHUNK, FVD_REQ_MAY_UNMAP), 0);
+    check_bytes(&d.q, 0, 2 * CHUNK, 4 * CHUNK);
+    CHECK_EQ(do_fill(&d.q, 9, 2 * CHUNK, CHUNK), 0);
+    check_bytes(&d.q, 9, 2 * CHUNK, CHUNK);
+    CHECK_EQ(do_check(&d.q, &after), 0);
+    CHECK_EQ(after.chunks_allocated, 8);
+    CHECK_EQ(after.chunks_fragmented, before.chunks_fragmented);
+    CHECK_EQ(after.image_end, before.image_end);
+    disk_end(&d);
+}
+
 /* Old data, more of it. */
 static void enlarge(struct mem_host *host, uint64_t by)
 {
@@ -327,6 +351,8 @@ int main(void)
         random_writes(mode, 2 * MIB, 8 * MIB);
         figures(mode);
         discards(mode);
+        discards_in_place(mode);
+    discards_in_place(mode);
         full_device(mode);
     }
     wrong_parameters();

@@ -56,6 +56,12 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_OPEN_NO_IO 2
 
 /**
+ * Discarded chunks of a compact image keep their place: what is discarded is
+ * punched or zeroed there, so that the disk stays in order in its file.
+ */
+#define FVD_OPEN_DISCARD_NO_UNREF 4
+
+/**
  * fvd_file_options: past the page cache (O_DIRECT).
  */
 #define FVD_FILE_DIRECT 16

@@ -323,6 +323,23 @@ with suite.test("a device full of old bytes never shows them (512 and 4096 bytes
                 check_clean(path)
                 has(img("info", path), "zeroed: true")
 
+with suite.test("discard-no-unref keeps chunks in their place, and the file small all the same"):
+    path = create(suite.path("inplace.img"), 64 * MIB)
+    opts = "driver=fvd,discard=unmap,discard-no-unref=%s,file.driver=file,file.filename=" + path
+    io(path, "write -q -P 1 0 16M", opts=opts % "on")
+    full = stored(path)
+    io(path, "discard -q 4M 8M", "flush", "read -q -P 0 4M 8M", opts=opts % "on")
+    report = run_json("qemu-img", "check", "--output=json", path)
+    check(report["allocated-clusters"] == 256 and stored(path) <= full - 8 * MIB + MIB, "%s, %d bytes of %d", report, stored(path), full)
+    io(path, "write -q -P 2 6M 1M", "write -q -P 3 4M 2M", "write -q -P 4 7M 5M", opts=opts % "on")
+    report = run_json("qemu-img", "check", "--output=json", path)
+    check(report["allocated-clusters"] == 256 and report.get("fragmented-clusters", 0) == 0, "%s", report)
+    io(path, "discard -q 4M 8M", "flush", opts=opts % "off")
+    report = run_json("qemu-img", "check", "--output=json", path)
+    check(report["allocated-clusters"] == 128, "%s", report)
+    has(io(path, "read 0 512", opts=opts % "maybe", status=1), "discard-no-unref")
+
+
 def repair(path, what, status=0):
     """qemu-img check -r: its answer."""
     return run_json("qemu-img", "check", "-r", what, "--output=json", path, status=status)

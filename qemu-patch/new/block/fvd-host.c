@@ -545,7 +545,8 @@ FVDEngine *fvd_engine_new(BlockDriverState *bs, const FVDOptions *options,
     FVDEngine *e = g_new0(FVDEngine, 1);
     struct fvd_config config = {
         .struct_size = sizeof(config),
-        .flags = flags,
+        .flags = flags | (options->discard_no_unref ?
+                          FVD_OPEN_DISCARD_NO_UNREF : 0),
         /* The base is read through the block layer: any alignment will do */
         .limits = {
             [FVD_FILE_IMAGE] = *limits,

@@ -64,6 +64,7 @@ struct FVDEngine {
 typedef struct FVDOptions {
     uint64_t commit_interval_ms;
     uint64_t metadata_memory;
+    bool discard_no_unref;
 } FVDOptions;
 
 typedef struct BDRVFvdState {

@@ -28,6 +28,7 @@
 
 #define FVD_OPT_COMMIT_INTERVAL     "commit-interval"
 #define FVD_OPT_METADATA_MEMORY     "metadata-memory"
+#define FVD_OPT_DISCARD_NO_UNREF    "discard-no-unref"
 
 /* Keeps one host operation below what the block layer takes at once */
 #define FVD_MAX_TRANSFER            (1 * GiB)
@@ -208,6 +209,11 @@ static QemuOptsList fvd_runtime_opts = {
             .type = QEMU_OPT_SIZE,
             .help = "Memory that metadata may take (default: 1 GiB)",
         },
+        {
+            .name = FVD_OPT_DISCARD_NO_UNREF,
+            .type = QEMU_OPT_BOOL,
+            .help = "Discarded chunks keep their place (default: off)",
+        },
         { /* end of list */ }
     },
 };
@@ -215,6 +221,7 @@ static QemuOptsList fvd_runtime_opts = {
 static const char *const fvd_mutable_opts[] = {
     FVD_OPT_COMMIT_INTERVAL,
     FVD_OPT_METADATA_MEMORY,
+    FVD_OPT_DISCARD_NO_UNREF,
     NULL
 };
 
@@ -236,6 +243,8 @@ static int fvd_read_options(QDict *options, FVDOptions *out, Error **errp)
     *out = (FVDOptions) {
         .commit_interval_ms = interval * 1000,
         .metadata_memory = qemu_opt_get_size(opts, FVD_OPT_METADATA_MEMORY, 0),
+        .discard_no_unref = qemu_opt_get_bool(opts, FVD_OPT_DISCARD_NO_UNREF,
+                                              false),
     };
     ret = 0;
 out:
@@ -366,7 +375,8 @@ static int fvd_reopen_prepare(BDRVReopenState *state, BlockReopenQueue *queue,
             s->engine->writable != (writable &&
                                     !(state->flags & BDRV_O_INACTIVE)) ||
             r->options.commit_interval_ms != s->options.commit_interval_ms ||
-            r->options.metadata_memory != s->options.metadata_memory;
+            r->options.metadata_memory != s->options.metadata_memory ||
+            r->options.discard_no_unref != s->options.discard_no_unref;
     }
 
     state->opaque = r;

@@ -45,7 +45,11 @@ impl FileInner {
     fn open(path: &Path, options: &fvd_file_options) -> Result<Self> {
         let host_options = options_of(options)?;
         let files = Files::open(path, &host_options)?;
-        let mut config = fvd_engine::Config { no_io: options.flags & FVD_OPEN_NO_IO != 0, ..host_options.config(files.limits()) };
+        let mut config = fvd_engine::Config {
+            no_io: options.flags & FVD_OPEN_NO_IO != 0,
+            discard_no_unref: options.flags & FVD_OPEN_DISCARD_NO_UNREF != 0,
+            ..host_options.config(files.limits())
+        };
         set_options(&mut config, options.commit_interval_ms, options.metadata_memory);
         let io = Rc::new(FileIo::new(files)?);
         let image = ImageInner { image: Image::new(config), ops: None, queues: Default::default() };
@@ -149,7 +153,7 @@ unsafe extern "C" fn answered(opaque: *mut c_void, ret: i64, error: *const c_cha
 }
 
 fn options_of(options: &fvd_file_options) -> Result<Options> {
-    let known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE;
+    let known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE;
     check_flags(options.flags, known, "struct fvd_file_options")?;
     let has = |flag| options.flags & flag != 0;
     Ok(Options {

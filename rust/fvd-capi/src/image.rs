@@ -117,7 +117,7 @@ pub(crate) fn set_options(config: &mut Config, commit_interval_ms: u64, metadata
 }
 
 fn config_of(config: &fvd_config) -> Result<Config> {
-    check_flags(config.flags, FVD_OPEN_RDONLY | FVD_OPEN_NO_IO, "struct fvd_config")?;
+    check_flags(config.flags, FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF, "struct fvd_config")?;
     if config.reserved != 0 {
         return Err(Failure::invalid("struct fvd_config: reserved is not 0"));
     }
@@ -126,6 +126,7 @@ fn config_of(config: &fvd_config) -> Result<Config> {
         limits: [limits_of(image)?, limits_of(data)?, limits_of(base)?],
         read_only: config.flags & FVD_OPEN_RDONLY != 0,
         no_io: config.flags & FVD_OPEN_NO_IO != 0,
+        discard_no_unref: config.flags & FVD_OPEN_DISCARD_NO_UNREF != 0,
         ..Config::default()
     };
     set_options(&mut engine, config.commit_interval_ms, config.metadata_memory);

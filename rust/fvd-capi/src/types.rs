@@ -14,6 +14,9 @@ pub const FVD_FILE_BASE: u32 = 2;
 pub const FVD_OPEN_RDONLY: u32 = 1;
 /// Only the header is read, and only fvd_image_info answers.
 pub const FVD_OPEN_NO_IO: u32 = 2;
+/// Discarded chunks of a compact image keep their place: what is discarded is
+/// punched or zeroed there, so that the disk stays in order in its file.
+pub const FVD_OPEN_DISCARD_NO_UNREF: u32 = 4;
 /// fvd_file_options: past the page cache (O_DIRECT).
 pub const FVD_FILE_DIRECT: u32 = 16;
 /// fvd_file_options: take no locks.
