@@ -57,11 +57,10 @@ pub fn run(args: &Check) -> Outcome {
             report = CheckReport { corruptions_fixed, leaked_fixed, lost, lost_bytes, ..again };
             report.findings.splice(0..0, findings);
         }
-        disk.close()?;
-        Ok(report)
+        Ok((report, disk.close()))
     });
     printer.finish();
-    let report = result.map_err(|error| {
+    let (report, closed) = result.map_err(|error| {
         // An image too damaged to be opened is damaged, not unchecked.
         let status = if error.kind == Kind::Corrupt { 2 } else { 1 };
         Failure { status, ..Failure::about(path, &error) }
@@ -70,6 +69,8 @@ pub fn run(args: &Check) -> Outcome {
         Output::Human => print_text(&report)?,
         Output::Json => print_json(path, &report)?,
     }
+    // What was found is told all the same.
+    closed.map_err(|error| Failure::about(path, &error))?;
     Ok(match (report.corruptions, report.leaked) {
         (0, 0) => 0,
         (0, _) => 3,

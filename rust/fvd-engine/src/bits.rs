@@ -99,7 +99,7 @@ impl Segment {
     /// Whether some page is damaged.
     #[inline]
     pub(crate) fn any_bad(&self) -> bool {
-        self.bad.load(Ordering::Relaxed) != 0
+        self.bad.load(Ordering::Acquire) != 0
     }
 
     /// Marks page `page` (0…63) as damaged.
@@ -188,7 +188,7 @@ impl Bits {
         let Some(segment) = self.segment(index) else { return Run::Missing(index) };
         let from = first - index * SEGMENT_BITS;
         let mut to = (end - index * SEGMENT_BITS).min(SEGMENT_BITS);
-        let bad = segment.bad.load(Ordering::Relaxed);
+        let bad = segment.bad.load(Ordering::Acquire);
         if bad != 0 {
             let page = from / PAYLOAD_BITS;
             if bad >> page & 1 == 1 {
@@ -252,7 +252,7 @@ impl Bits {
 
     /// Whether page `page` is known to be damaged.
     pub(crate) fn is_bad(&self, page: u64) -> bool {
-        self.segment(page / SEGMENT_PAGES).is_some_and(|s| s.bad.load(Ordering::Relaxed) >> (page % SEGMENT_PAGES) & 1 == 1)
+        self.segment(page / SEGMENT_PAGES).is_some_and(|s| s.bad.load(Ordering::Acquire) >> (page % SEGMENT_PAGES) & 1 == 1)
     }
 
     /// Page `page`, whose segment is loaded, is whole again: memory says what it holds.

@@ -7,7 +7,7 @@ use crate::bits::SEGMENT_PAGES;
 use crate::bits_load::check_entries;
 use crate::error::Result;
 use crate::executor::Queue;
-use crate::host::{FileId, Host, OpKind};
+use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::{BadPage, PageId, faulty};
 use crate::io::{bare, ceil};
 use crate::request::{CheckReport, Repair};
@@ -35,8 +35,6 @@ pub(crate) struct Plan {
     pub(crate) in_doubles: u64,
     /// Guest chunks, and the storage chunk each of them shares with another.
     pub(crate) doubles: Vec<(u64, u64)>,
-    /// Header copies that are not right.
-    pub(crate) copies: u64,
 }
 
 /// What people call a region.
@@ -61,6 +59,13 @@ impl<H: Host> Queue<H> {
         // A repair copies chunks and changes entries: no request does meanwhile.
         let _all = if repair == Repair::All { Some(image.ranges.lock(0, u64::MAX).await) } else { None };
         let _serial = if repair == Repair::All { Some(self.serialise_writes().await) } else { None };
+        let mended = if repair == Repair::None { None } else { image.meta().mended_copy.take() };
+        if let Some(copy) = mended {
+            report.corrupt(format!("header copy {copy} was damaged; the open wrote it again from the other"));
+            report.fixed(1);
+        }
+        // First: the next header update begins with one copy, and the other must be good by then.
+        self.check_headers(repair, &mut report).await?;
         if !read_only {
             // What is compared with the file must be in the file.
             self.commit_metadata().await?;
@@ -69,14 +74,8 @@ impl<H: Host> Queue<H> {
                 self.settle_pages().await?;
             }
         }
-        let mended = if repair == Repair::None { None } else { image.meta().mended_copy.take() };
-        if let Some(copy) = mended {
-            report.corrupt(format!("header copy {copy} was damaged; the open wrote it again from the other"));
-            report.fixed(1);
-        }
-        let mut plan = Plan::default();
-        self.check_headers(&mut report, &mut plan).await?;
         let header = image.header();
+        let mut plan = Plan::default();
         if header.region(RegionKind::Bitmap).is_some() {
             self.check_bitmap(&header, &mut report, &mut plan).await?;
         }
@@ -84,15 +83,20 @@ impl<H: Host> Queue<H> {
             self.check_table(&header, &mut report, &mut plan).await?;
         }
         if repair == Repair::All {
-            self.repair(plan, &mut report).await?;
+            let repaired = self.repair(plan, &mut report).await;
             // Nobody goes on with what a shared chunk's entry said before.
             image.narrow().await;
+            if repaired.is_err() {
+                // What was lost can be told only now.
+                report.findings.iter().for_each(|text| self.host().log(LogLevel::Error, text));
+            }
+            repaired?;
         }
         self.check_end(repair, &mut report).await?;
         Ok(report)
     }
 
-    async fn check_headers(self: &Rc<Self>, report: &mut CheckReport, plan: &mut Plan) -> Result<()> {
+    async fn check_headers(self: &Rc<Self>, repair: Repair, report: &mut CheckReport) -> Result<()> {
         let image = self.image().clone();
         let _steady = image.header_lock.lock().await;
         if !image.config.read_only {
@@ -100,8 +104,8 @@ impl<H: Host> Queue<H> {
             image.check_poison()?;
         }
         let header = image.header();
-        let before = report.corruptions;
         for copy in [1, 2] {
+            let before = report.corruptions;
             let bytes = self.read_own(FileId::Image, HEADER_OFFSETS[copy - 1], PAGE_SIZE as u64).await?.0.to_vec(0, PAGE_SIZE);
             match Header::decode(&header.uuid, copy, &bytes) {
                 Ok(found) if found == header => {}
@@ -114,8 +118,12 @@ impl<H: Host> Queue<H> {
                 Err(error) if image.config.read_only && !header.clean => report.note(format!("{error}; the other copy counts")),
                 Err(error) => report.corrupt(error.to_string()),
             }
+            if repair == Repair::All && report.corruptions > before {
+                self.write_surely(HEADER_OFFSETS[copy - 1], &header.encode(copy)).await?;
+                self.sync().await?;
+                report.fixed(1);
+            }
         }
-        plan.copies = report.corruptions - before;
         let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
         if length < header.file_length_min() {
             report.corrupt(format!("the file has {length} bytes, {} are needed: what lay behind is lost", header.file_length_min()));
@@ -266,9 +274,12 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         // Nobody opens a growth step meanwhile.
         let _space = image.space_lock.lock().await;
+        if repair != Repair::None {
+            // The reach of a step whose commit failed may be in one that is on its way now.
+            self.commit_metadata().await?;
+        }
         let end = {
             let meta = image.meta();
-            // A step whose commit failed is in the file, and may be used once it is repeated.
             let reach = [Some(meta.reach), meta.pending.reach, meta.frozen.reach].into_iter().flatten().max();
             let reach = if faulty!(image, EndCutTooEarly) { None } else { reach };
             meta.header.as_ref().expect("open image").file_length_min().max(reach.unwrap_or(0))
@@ -283,7 +294,11 @@ impl<H: Host> Queue<H> {
             report.leaked = length - end;
             return Ok(());
         }
-        self.op(bare(OpKind::Truncate, FileId::Image, end, 0)).await?;
+        if let Err(error) = self.op(bare(OpKind::Truncate, FileId::Image, end, 0)).await {
+            report.leaked = length - end;
+            report.note(format!("the file cannot be cut: {}", error.text));
+            return Ok(());
+        }
         self.sync().await?;
         report.leaked_fixed = length - end;
         Ok(())

@@ -240,6 +240,8 @@ impl<H: Host> Queue<H> {
     /// Clears the clean mark and raises the epoch, once a session, before its first append (R2).
     pub(crate) async fn ensure_session(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
+        // A commit and a repair may both be the first.
+        let _one_at_a_time = image.session_lock.lock().await;
         if image.meta().session {
             return Ok(());
         }

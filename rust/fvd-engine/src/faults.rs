@@ -163,6 +163,8 @@ pub enum Fault {
     StepAheadUsedEarly,
     /// A repair drops every entry of a table page that has a wrong one.
     RepairDropsGoodEntries,
+    /// A repair whose checkpoint failed leaves pages good in memory alone.
+    RepairForgetsError,
     /// A repair cuts the file where the last header update says that it ends.
     EndCutTooEarly,
     /// A repair leaves a storage chunk with two guest chunks.
@@ -176,7 +178,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 80] = [
+    pub const ALL: [Fault; 81] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -253,6 +255,7 @@ impl Fault {
         Self::GrowthKeepsChunkRest,
         Self::StepAheadUsedEarly,
         Self::RepairDropsGoodEntries,
+        Self::RepairForgetsError,
         Self::EndCutTooEarly,
         Self::DoubleMappingKept,
         Self::RepairCopyForgotten,

@@ -157,6 +157,7 @@ pub struct Image {
     pub(crate) ranges: RangeLock,
     pub(crate) load_lock: AsyncMutex,
     pub(crate) header_lock: AsyncMutex,
+    pub(crate) session_lock: AsyncMutex,
     /// Held by who looks for storage.
     pub(crate) space_lock: AsyncMutex,
     pub(crate) space_wait: WaitQueue,
@@ -188,6 +189,7 @@ impl Image {
             ranges: RangeLock::default(),
             load_lock: AsyncMutex::default(),
             header_lock: AsyncMutex::default(),
+            session_lock: AsyncMutex::default(),
             space_lock: AsyncMutex::default(),
             layout_lock: AsyncMutex::default(),
             commit_wait: WaitQueue::default(),

@@ -35,7 +35,7 @@ impl<H: Host> Queue<H> {
 
     async fn open_steps(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        let (header, behind) = self.read_header().await?;
+        let (header, behind, unreadable) = self.read_header().await?;
         image.check_metadata_memory(&header)?;
         image.publish(&header);
         let clean = header.clean;
@@ -53,7 +53,7 @@ impl<H: Host> Queue<H> {
             self.write_surely(HEADER_OFFSETS[copy - 1], &header.encode(copy)).await?;
             self.sync().await?;
             // What a cut tore is no damage; nothing is torn in an image that was closed.
-            image.meta().mended_copy = clean.then_some(copy);
+            image.meta().mended_copy = (clean && unreadable).then_some(copy);
         }
         self.warn_of_base(&header).await?;
         if header.region(RegionKind::Journal).is_none() {
@@ -70,8 +70,9 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Reads page 0 and both header copies; says which copy is not the header that counts, if one is not.
-    async fn read_header(self: &Rc<Self>) -> Result<(Header, Option<usize>)> {
+    /// Reads page 0 and both header copies; says which copy is not the header that counts, if one is
+    /// not, and whether it is none at all.
+    async fn read_header(self: &Rc<Self>) -> Result<(Header, Option<usize>, bool)> {
         let length = self.op(bare(crate::host::OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
         let start = self.read_own(FileId::Image, 0, 2 * PAGE_SIZE as u64).await?.0.to_vec(0, 2 * PAGE_SIZE);
         if start[..4] != MAGIC_V1 && start[..8] == fvd_format::header::MAGIC && length < HEADER_OFFSETS[1] + PAGE_SIZE as u64 {
@@ -86,7 +87,8 @@ impl<H: Host> Queue<H> {
             header = copies[0].clone().unwrap_or(header);
         }
         let behind = copies.iter().position(|copy| copy.as_ref().ok() != Some(&header));
-        Ok((header, behind.map(|at| at + 1)))
+        let unreadable = behind.is_some_and(|at| copies[at].is_err());
+        Ok((header, behind.map(|at| at + 1), unreadable))
     }
 
     /// A base of another length than recorded is served as recorded; somebody should know.

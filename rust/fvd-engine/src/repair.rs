@@ -54,17 +54,13 @@ impl<H: Host> Queue<H> {
         if plan.in_doubles > 0 {
             match self.repair_doubles(&plan.doubles).await {
                 Ok(()) => report.fixed(plan.in_doubles),
-                // The others are as they were; everything else can still be repaired.
-                Err(error) if error.kind == Kind::NoSpace => {
+                // The others are as they were, and another repair goes on; everything else is repaired.
+                Err(error) => {
+                    self.image().check_poison()?;
                     self.host().log(LogLevel::Error, &error.text);
                     report.note(format!("guest chunks still share storage: {}", error.text));
                 }
-                Err(error) => return Err(error),
             }
-        }
-        if plan.copies > 0 {
-            self.update_header(|_| ()).await?;
-            report.fixed(plan.copies);
         }
         Ok(())
     }
@@ -106,7 +102,14 @@ impl<H: Host> Queue<H> {
                 }
             }
         }
-        self.settle_pages().await
+        let settled = self.settle_pages().await;
+        if let Err(error) = &settled
+            && !faulty!(image, RepairForgetsError)
+        {
+            // Memory is ahead of pages that no journal speaks of: nothing may be built on it.
+            image.poison(&error.text);
+        }
+        settled
     }
 
     /// Gives guest chunks storage of their own, with a copy of what they share.
@@ -115,17 +118,31 @@ impl<H: Host> Queue<H> {
         if faulty!(image, DoubleMappingKept) {
             return Ok(());
         }
+        let mut result = Ok(());
         for &(guest, id) in doubles {
-            self.wait_for_dirty_room().await?;
-            let taken = self.allocate(1).await?;
-            if !faulty!(image, RepairCopyForgotten) {
-                self.copy_chunk(id, taken.id).await?;
+            result = self.repair_double(guest, id).await;
+            if result.is_err() {
+                break;
             }
-            let mut meta = image.meta();
-            meta.pending.data_first = true;
-            meta.set_entry(&image, guest, (taken.id + 1) as u32);
         }
-        self.commit_metadata().await
+        let committed = self.commit_metadata().await;
+        result.and(committed)
+    }
+
+    async fn repair_double(self: &Rc<Self>, guest: u64, id: u64) -> Result<()> {
+        let image = self.image().clone();
+        self.wait_for_dirty_room().await?;
+        let taken = self.allocate(1).await?;
+        if !faulty!(image, RepairCopyForgotten)
+            && let Err(error) = self.copy_chunk(id, taken.id).await
+        {
+            image.give_back_chunks(taken.id, taken.id + 1);
+            return Err(error);
+        }
+        let mut meta = image.meta();
+        meta.pending.data_first = true;
+        meta.set_entry(&image, guest, (taken.id + 1) as u32);
+        Ok(())
     }
 
     async fn copy_chunk(self: &Rc<Self>, from: u64, to: u64) -> Result<()> {

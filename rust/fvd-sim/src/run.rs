@@ -573,7 +573,9 @@ impl Run<'_> {
         let attempts = prng.pick(&[1, 1, 2, 2, 3, 4]);
         for cuts_left in (0..attempts).rev() {
             let cut = (cuts_left > 0).then(|| Cut { at: prng.between(4, 60), keep: Keep::Seeded(prng.bits()) });
-            let done = self.repair_once(broken, &bytes, cut.as_ref(), prng.bits());
+            // Or an operation fails.
+            let fails = (cuts_left > 0 && prng.chance(40)).then(|| prng.below(50));
+            let done = self.repair_once(broken, &bytes, cut.as_ref(), fails, prng.bits());
             let (left, whole, found) = done.map_err(|text| format!("{text}, in a repair after {}", broken.what))?;
             bytes = left;
             if whole {
@@ -587,9 +589,10 @@ impl Run<'_> {
     }
 
     /// One attempt to repair; what is left in the file, whether it came to its end, and found something.
-    fn repair_once(&mut self, broken: &Broken, bytes: &Store, cut: Option<&Cut>, seed: u64) -> Verdict<(Store, bool, bool)> {
+    fn repair_once(&mut self, broken: &Broken, bytes: &Store, cut: Option<&Cut>, fails: Option<u64>, seed: u64) -> Verdict<(Store, bool, bool)> {
         let mut setup = Setup { bytes: bytes.clone(), ..self.setup(seed, 1) };
-        setup.failures = Failures::default();
+        setup.failures = Failures { at: fails, errno: -5, ..Failures::default() };
+        let cut = if fails.is_none() { cut } else { None };
         let world = World::new(setup, Checker::new(Mode::Damaged, None));
         let repair = |repair| Request::Check { repair };
         let mut reports = Vec::new();
@@ -600,14 +603,26 @@ impl Run<'_> {
                 self.leave(&world)?;
                 return Ok((left, false, false));
             };
+            if outcome.is_err() && fails.is_some() {
+                self.write_back(&world);
+                let left = world.cut(&Keep::Seeded(mix(seed)));
+                self.leave(&world)?;
+                return Ok((left, false, false));
+            }
             match outcome.map_err(|error| format!("request {id} fails: {error}"))? {
                 Reply::Check(report) => reports.push(report),
                 _ if id == 0 => world.set_metadata_end(world.image().info().map_err(|error| error.to_string())?.header.data_offset),
                 _ => {}
             }
-            if id == 2 {
+            if id == 2 && fails.is_none() {
                 self.read_broken(&world, broken, true)?;
             }
+        }
+        if fails.is_some() {
+            // Something may be left, and is told: the next attempt finds it.
+            let left = world.disk().stable.clone();
+            self.leave(&world)?;
+            return Ok((left, false, false));
         }
         let [first, second] = &reports[..] else { return Err("two checks have two answers".into()) };
         let no_space = first.findings.iter().any(|text| text.contains("still share storage"));
@@ -617,6 +632,17 @@ impl Run<'_> {
         let left = world.disk().stable.clone();
         self.leave(&world)?;
         Ok((left, true, first.corruptions_fixed + first.leaked_fixed > 0 || no_space))
+    }
+
+    /// A guest goes on after a repair that failed: it writes what it reads.
+    fn write_back(&self, world: &Rc<World>) {
+        let (windows, cell) = (self.model().borrow().geometry.windows.clone(), self.options.cell);
+        for window in windows {
+            let buf = Buf::new(vec![0; (window.count.min(8) * cell) as usize], 0);
+            if matches!(world.request(0, Request::Read { offset: window.first * cell, buf: buf.clone() }), Some(Ok(_))) {
+                let _ = world.request(0, Request::Write { offset: window.first * cell, buf, fua: true });
+            }
+        }
     }
 
     /// A read-only open, with a check.
