@@ -163,6 +163,8 @@ pub enum Fault {
     StepAheadUsedEarly,
     /// A repair drops every entry of a table page that has a wrong one.
     RepairDropsGoodEntries,
+    /// A compact disk grows before it is stable what its last chunk is.
+    GrowthBeforeCommit,
     /// A repair whose checkpoint failed leaves pages good in memory alone.
     RepairForgetsError,
     /// A repair cuts the file where the last header update says that it ends.
@@ -178,7 +180,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 81] = [
+    pub const ALL: [Fault; 82] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -255,6 +257,7 @@ impl Fault {
         Self::GrowthKeepsChunkRest,
         Self::StepAheadUsedEarly,
         Self::RepairDropsGoodEntries,
+        Self::GrowthBeforeCommit,
         Self::RepairForgetsError,
         Self::EndCutTooEarly,
         Self::DoubleMappingKept,

@@ -209,7 +209,7 @@ impl Options {
             let keep = kind == Kind::Write as usize || p.chance(75);
             *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };
         }
-        if p.one_in(8) {
+        if p.one_in(if crowd == Crowd::Chunks { 3 } else { 8 }) {
             // A disk that keeps changing its size.
             (weights[Kind::Grow as usize], weights[Kind::Shrink as usize]) = (5, 6);
         }

@@ -27,6 +27,7 @@ pub fn plan(seed: u64) -> Plan {
         cells: options.cells,
         last: 0,
         whole: None,
+        follows_shrink: 0,
         prng,
         options: &options,
     };
@@ -43,6 +44,9 @@ struct Draw<'a> {
     last: u64,
     /// Whole chunks that the last request was about.
     whole: Option<(u64, u64, u8)>,
+    /// The disk shrank, and this much is left to follow at once: its last chunk loses its storage, then
+    /// the disk grows.
+    follows_shrink: u8,
     prng: Prng,
 }
 
@@ -88,6 +92,13 @@ impl Draw<'_> {
     }
 
     fn act(&mut self, early: bool) -> Act {
+        self.follows_shrink = self.follows_shrink.saturating_sub(1);
+        let chunk = u64::from(self.options.chunk_size) / self.options.cell;
+        match self.follows_shrink {
+            2 if self.cells % chunk != 0 => return Act::Discard { first: self.cells / chunk * chunk, count: self.cells % chunk },
+            1 => return self.grow(),
+            _ => {}
+        }
         let weights = &self.options.weights;
         let mut left = self.prng.below(weights.iter().sum());
         let mut kind = 0;
@@ -142,6 +153,9 @@ impl Draw<'_> {
         if cells < self.cells {
             self.geometry.shrink(self.cells - cells);
             self.cells -= cells;
+            if self.options.chunk_size > 0 && self.prng.chance(25) {
+                self.follows_shrink = 3;
+            }
         }
         Act::Shrink { cells }
     }
@@ -168,9 +182,13 @@ impl Draw<'_> {
         let most = window.count - within;
         let chunk = u64::from(self.options.chunk_size) / self.options.cell;
         if chunk > 0 && p.chance(15) {
-            // Whole chunks, as far as the window has them.
-            let first = ((window.first + within) / chunk * chunk).max(window.first);
-            let count = (p.pick(&[1, 1, 2, 3]) * chunk).min(window.first + window.count - first).min(260);
+            // Whole chunks, as far as the window has them, or the last one as far as the disk has it.
+            let end = window.first + window.count;
+            let last = self.cells / chunk * chunk;
+            let at = if (window.first..end).contains(&last) && last < self.cells && p.chance(30) { last } else { window.first + within };
+            let first = (at / chunk * chunk).max(window.first);
+            let end = if first < self.cells { end.min(self.cells) } else { end };
+            let count = (p.pick(&[1, 1, 2, 3]) * chunk).min(end - first).min(260);
             self.last = first + count;
             self.whole = Some((first, count, p.pick(&[1, 1, 2, 3])));
             return (first, count);
