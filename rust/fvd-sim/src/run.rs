@@ -604,7 +604,10 @@ impl Run<'_> {
                 return Ok((left, false, false));
             };
             if outcome.is_err() && fails.is_some() {
-                self.write_back(&world);
+                // What is written to shared storage shows in both guest chunks.
+                if broken.anything.is_empty() {
+                    self.write_back(&world);
+                }
                 let left = world.cut(&Keep::Seeded(mix(seed)));
                 self.leave(&world)?;
                 return Ok((left, false, false));
