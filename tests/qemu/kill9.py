@@ -20,7 +20,7 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_clean, direct_io, img,
+from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_gets_leaks_back, check_sound, direct_io, img,
                     io, program, quote, read_stamp, stamps)
 
 CYCLES = int(os.environ.get("CYCLES", "60"))
@@ -133,7 +133,7 @@ class Image:
     def after(self, model, what):
         """All checks after a kill; the content found is the next cycle's start."""
         before = file_hash(self.path)
-        check_clean(self.path)
+        check_sound(self.path)
         found = contents(self.path, "fvd")
         check(file_hash(self.path) == before, "%s: a read-only open changed the file", what)
         wrong = [s for s in range(SECTORS) if found[s] not in model.allowed(s)]
@@ -141,8 +141,8 @@ class Image:
               ["%d: %d, allowed %s" % (s, found[s], sorted(model.allowed(s))) for s in wrong[:5]])
         # A writable open replays for good and closes clean.
         io(self.path, "write -q -z 0 512" if found[0] == 0 else "flush")
-        check(contents(self.path, "fvd") == found, "%s: reads differ after the writable open", what)
-        check_clean(self.path)
+        check_gets_leaks_back(self.path)
+        check(contents(self.path, "fvd") == found, "%s: reads differ after the writable open and the repair", what)
         self.content = found
 
 
