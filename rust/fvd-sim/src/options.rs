@@ -160,7 +160,7 @@ impl Options {
         let crowd = if tight {
             Crowd::None
         } else {
-            p.pick(&[Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::Chunks, Crowd::Blocks])
+            p.pick(&[Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::None, Crowd::Chunks, Crowd::Blocks, Crowd::Blocks])
         };
         let block_size = match crowd {
             Crowd::None => block_size,
@@ -258,7 +258,7 @@ impl Options {
             limits,
             queues: p.pick(&[1, 1, 2, 3]),
             depth: if crowd != Crowd::None { 16 } else { p.pick(&[1, 2, 4, 8, 16]) },
-            sessions: p.between(4, 12) as usize,
+            sessions: if crowd == Crowd::Blocks { 3 } else { p.between(4, 12) as usize },
             requests: if tight { 240 } else { p.pick(&[20, 60, 120, 240]) },
             weights,
             shim_percent: p.pick(&[0, 50, 50, 50, 100]),
