@@ -87,7 +87,7 @@ static void count_findings(struct result *r)
     findings_at_done = findings;
 }
 
-/* API-45, API-72 */
+/* API-45 */
 static void check(enum mode mode)
 {
     struct disk d;
@@ -126,26 +126,65 @@ static void check(enum mode mode)
     CHECK(ret == 0 || ret == -EIO);
     queue_free(&q);
     fvd_image_free(&image);
-    /* What the bitmap said is lost: told, and the base shows. */
-    image = image_new(&d.host, 0);
-    queue_init(&q, &d.host, image);
-    if (do_open(&q) == 0) {
-        fvd_submit_check(q.queue, &report, 4, NULL, done, &r);
-        CHECK_EQ(wait_for(&q, &r), -EINVAL);
-        fvd_submit_check(q.queue, &report, FVD_CHECK_REPAIR_LEAKS, NULL, done, &r);
-        CHECK_EQ(wait_for(&q, &r), 0);
-        CHECK(report.corruptions > 0 && report.corruptions_fixed == 0);
-        fvd_submit_check(q.queue, &report, FVD_CHECK_REPAIR_ALL, finding, done, &r);
-        CHECK_EQ(wait_for(&q, &r), 0);
-        CHECK(report.corruptions == 0 && report.corruptions_fixed > 0);
-        CHECK_EQ(report.lost_bytes, MIB);
-        CHECK_EQ(do_check(&q, &report), 0);
-        CHECK(report.corruptions == 0 && report.corruptions_fixed == 0);
-        CHECK_EQ(report.blocks_present, 0);
-        CHECK_EQ(do_close(&q), 0);
+    disk_end(&d);
+}
+
+/* API-72: one page of metadata after the other is rotten, alone, till it is the bitmap's. */
+static void repair(enum mode mode)
+{
+    struct disk d;
+    struct fvd_check report = { .struct_size = sizeof(report) };
+    struct fvd_info info = { .struct_size = sizeof(info) };
+    struct result r = { 0 };
+    unsigned repaired = 0;
+    disk_start(&d, mode, 2 * MIB, MIB);
+    CHECK_EQ(do_fill(&d.q, 1, 64 * KIB, 0), 0);
+    CHECK_EQ(do_close(&d.q), 0);
+    CHECK_EQ(fvd_image_info(d.image, &info), 0);
+    for (uint64_t at = 256 * KIB; at < info.data_offset && !repaired; at += 4 * KIB) {
+        uint8_t *page = d.host.files[0].data + at;
+        if (!page[0]) {
+            continue;
+        }
+        page[100] ^= 0x40;
+        struct fvd_image *image = image_new(&d.host, 0);
+        struct mem_queue q;
+        queue_init(&q, &d.host, image);
+        bool is_open = do_open(&q) == 0;
+        if (is_open && do_check(&q, &report) == 0 && report.corruptions > 0) {
+            r = (struct result){ 0 };
+            fvd_submit_check(q.queue, &report, 4, NULL, done, &r);
+            CHECK_EQ(wait_for(&q, &r), -EINVAL);
+            r = (struct result){ 0 };
+            fvd_submit_check(q.queue, &report, FVD_CHECK_REPAIR_LEAKS, NULL, done, &r);
+            CHECK_EQ(wait_for(&q, &r), 0);
+            CHECK(report.corruptions == 1 && report.corruptions_fixed == 0);
+            r = (struct result){ 0 };
+            fvd_submit_check(q.queue, &report, FVD_CHECK_REPAIR_ALL, NULL, done, &r);
+            CHECK_EQ(wait_for(&q, &r), 0);
+            CHECK(report.corruptions == 0 && report.corruptions_fixed == 1);
+            CHECK_EQ(report.lost_bytes, MIB);
+            CHECK_EQ(do_check(&q, &report), 0);
+            CHECK(report.corruptions == 0 && report.corruptions_fixed == 0);
+            CHECK_EQ(report.blocks_present, 0);
+            /* What the bitmap said is lost: the base shows. */
+            check_base(&q, 64 * KIB, 0);
+            repaired++;
+        } else {
+            page[100] ^= 0x40;
+        }
+        if (is_open) {
+            CHECK_EQ(do_close(&q), 0);
+        }
+        queue_free(&q);
+        fvd_image_free(&image);
     }
-    queue_free(&q);
-    fvd_image_free(&image);
+    CHECK_EQ(repaired, 1);
+    /* Read-only it is refused. */
+    disk_reopen(&d, FVD_OPEN_RDONLY);
+    r = (struct result){ 0 };
+    fvd_submit_check(d.q.queue, &report, FVD_CHECK_REPAIR_ALL, NULL, done, &r);
+    CHECK_EQ(wait_for(&d.q, &r), -EROFS);
     disk_end(&d);
 }
 
@@ -156,6 +195,7 @@ int main(void)
         first(mode);
         findings = findings_at_done = 0;
         check(mode);
+        repair(mode);
     }
     return 0;
 }

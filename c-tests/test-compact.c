@@ -352,7 +352,6 @@ int main(void)
         figures(mode);
         discards(mode);
         discards_in_place(mode);
-    discards_in_place(mode);
         full_device(mode);
     }
     wrong_parameters();

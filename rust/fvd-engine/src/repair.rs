@@ -37,9 +37,11 @@ impl<H: Host> Queue<H> {
     /// A checkpoint, now.
     pub(crate) async fn settle_pages(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        image.checkpoint_wait.until(|| (image.is_poisoned() || !std::mem::replace(&mut image.meta().checkpointing, true)).then_some(())).await;
-        image.check_poison()?;
-        let result = self.checkpoint(|_| ()).await;
+        image.checkpoint_wait.until(|| (!std::mem::replace(&mut image.meta().checkpointing, true)).then_some(())).await;
+        let result = match image.check_poison() {
+            Ok(()) => self.checkpoint(|_| ()).await,
+            poisoned => poisoned,
+        };
         image.meta().checkpointing = false;
         image.checkpoint_wait.wake_all();
         result

@@ -167,15 +167,14 @@ pub enum Request<B> {
 
 /// What a check may repair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(u32)]
 pub enum Repair {
     /// Nothing: it only looks.
     #[default]
-    None = 0,
+    None,
     /// Space that nothing uses is given back.
-    Leaks = 1,
+    Leaks,
     /// All that can be: what is lost is reported, never invented.
-    All = 2,
+    All,
 }
 
 /// What a request returns.

@@ -23,7 +23,11 @@ use std::sync::atomic::Ordering;
 #[derive(Clone)]
 pub(crate) enum Payload<B> {
     /// Part of the guest's memory.
-    Guest { buf: B, at: usize, len: usize },
+    Guest {
+        buf: B,
+        at: usize,
+        len: usize,
+    },
     /// The engine's own bytes.
     Own(Rc<Vec<u8>>, usize, usize),
     /// Zeroes.

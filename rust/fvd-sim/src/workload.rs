@@ -42,7 +42,7 @@ struct Draw<'a> {
     cells: u64,
     /// Where the last request ended.
     last: u64,
-    /// Whole chunks that the last request was about.
+    /// Whole chunks that a request was about, and how many more may be about a part of them.
     whole: Option<(u64, u64, u8)>,
     /// The disk shrank, and this much is left to follow at once: its last chunk loses its storage, then
     /// the disk grows.
