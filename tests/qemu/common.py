@@ -161,6 +161,17 @@ def check_sound(path):
     img("check", "-q", "-f", "fvd", path, status=(0, 3))
 
 
+def check_leaks(path, largest_write):
+    """What a crash left is one growth step of which no record became stable, as long as writes of so
+    many bytes make one, and in a flat image nothing (C6)."""
+    leaked = run_json("fvd", "check", "--output", "json", path, status=(0, 3))["leaked-bytes"]
+    info = run_json("fvd", "info", "--output", "json", path)["format-specific"]["data"]
+    unit, limit = info.get("storage-grow-unit", 0), 0
+    if unit:
+        limit = -(-(largest_write + 2 * info["chunk-size"]) // unit) * unit
+    check(leaked <= limit, "%d bytes are leaked, %d may be", leaked, limit)
+
+
 def check_gets_leaks_back(path):
     """What a crash left is given back, and then nothing is found."""
     img("check", "-q", "-r", "leaks", "-f", "fvd", path)

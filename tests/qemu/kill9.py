@@ -20,13 +20,15 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_gets_leaks_back, check_sound, direct_io, img,
+from common import (KIB, MIB, NBD, SECTOR, VERBOSE, Daemon, Failure, NBDError, Suite, check, check_gets_leaks_back, check_leaks, check_sound, direct_io, img,
                     io, program, quote, read_stamp, stamps)
 
 CYCLES = int(os.environ.get("CYCLES", "60"))
 suite = Suite("kill9")
 rnd = suite.random
 DISK = 24 * MIB
+# Bytes of the largest request.
+LARGEST_WRITE = 128 * KIB
 SECTORS = DISK // SECTOR
 
 
@@ -124,7 +126,7 @@ class Image:
         self.number += 1
         return self.number
 
-    def pick(self, most=128 * KIB // SECTOR):
+    def pick(self, most=LARGEST_WRITE // SECTOR):
         count = min(rnd.choice([1, 1, 3, 8, 8, 8, 16, 40, most]), SECTORS)
         # A few busy places: overwrites and neighbours in one block, not only first writes.
         first = rnd.choice([rnd.randrange(SECTORS), rnd.randrange(4) * SECTORS // 4 + rnd.randrange(300)])
@@ -134,6 +136,7 @@ class Image:
         """All checks after a kill; the content found is the next cycle's start."""
         before = file_hash(self.path)
         check_sound(self.path)
+        check_leaks(self.path, LARGEST_WRITE)
         found = contents(self.path, "fvd")
         check(file_hash(self.path) == before, "%s: a read-only open changed the file", what)
         wrong = [s for s in range(SECTORS) if found[s] not in model.allowed(s)]

@@ -36,6 +36,9 @@ pub enum Fault {
     RegionsAfterHeader,
     /// Close sets the clean mark without a checkpoint.
     CleanWithoutCheckpoint,
+    /// A growth step makes the file longer than it is, also where what the file has behind the reach
+    /// is enough: each power cut may leave one more step (C6).
+    StepBehindFile,
     /// Regions are built anew, but the header still lets old commits count.
     OldCommitsCount,
     /// The bitmap is enlarged without the block in which it ended being made whole.
@@ -180,7 +183,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 82] = [
+    pub const ALL: [Fault; 83] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -241,6 +244,7 @@ impl Fault {
         Self::FreeIsFresh,
         Self::FreshNotSynced,
         Self::StepNotZeroed,
+        Self::StepBehindFile,
         Self::ReachForgotten,
         Self::EmptyFreesAtOnce,
         Self::ReadWithoutBracket,

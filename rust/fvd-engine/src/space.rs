@@ -394,7 +394,9 @@ impl<H: Host> Queue<H> {
             }
             fresh = true;
         }
-        if length < to {
+        if faulty!(image, StepBehindFile) && limits.grows_zeroed {
+            self.op(bare(OpKind::Truncate, FileId::Image, length.max(from) + (to - from), 0)).await?;
+        } else if length < to {
             self.op(bare(OpKind::Truncate, FileId::Image, to, 0)).await?;
         }
         if header.pristine {

@@ -64,6 +64,7 @@ impl Run<'_> {
             next_tag: self.next_tag,
             older: None,
             unclean: true,
+            leaks: self.leaks,
         };
         if self.trace {
             branch.report.trace.push(format!("branch {seed:#x} begins"));

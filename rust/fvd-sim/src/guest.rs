@@ -448,6 +448,12 @@ impl Guest {
 pub fn check_report(world: &World, reply: &Reply) {
     // A cut in the first or last header update of a session: the other copy says that the image is clean.
     let torn = |report: &CheckReport, start: &str| report.findings.iter().all(|text| text.starts_with(start));
+    if let Reply::Check(report) = reply {
+        let limit = world.leak_limit();
+        if report.leaked > limit {
+            world.fail(format!("check finds {} leaked bytes, {limit} may be (C6)", report.leaked));
+        }
+    }
     match reply {
         Reply::Check(report) if report.corruptions == 0 && (report.corruptions_fixed == 0 || torn(report, "header copy")) => {}
         Reply::Check(report) if world.read_only() && torn(report, "header: copy") => {}

@@ -15,7 +15,7 @@ use crate::oracle::Oracle;
 use crate::plan::{Act, Cut, Plan, Session};
 use crate::prng::{Prng, mix};
 use crate::store::Store;
-use crate::world::{Failures, RequestId, Setup, World};
+use crate::world::{Failures, Leaks, RequestId, Setup, World};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FILES, Limits};
 use fvd_engine::{Config, CreateParams, Error, Kind, Place, Preallocation, Repair, Reply, Request};
@@ -121,6 +121,8 @@ pub(crate) struct Run<'a> {
     pub(crate) older: Option<Store>,
     /// A power cut came since the last close.
     pub(crate) unclean: bool,
+    /// What may have left unused space in the file.
+    pub(crate) leaks: Leaks,
 }
 
 /// How a session ended.
@@ -150,6 +152,7 @@ impl<'a> Run<'a> {
             next_tag: FIRST_WRITE,
             older: None,
             unclean: false,
+            leaks: Leaks { disturbed: false, largest_disk: options.disk_bytes(), largest_write: 0 },
         }
     }
 
@@ -184,6 +187,7 @@ impl<'a> Run<'a> {
             inline_percent: options.inline_percent,
             discard_ignored_percent: options.discard_ignored_percent,
             grows_when_told: if options.grows_when_told { options.fixed_room.min(256 << 10) } else { 0 },
+            leaks: self.leaks,
             trace: self.trace,
             ..Setup::scripted(self.bytes.clone(), self.base(number), self.config(false))
         }
@@ -209,6 +213,7 @@ impl<'a> Run<'a> {
         self.bytes = remains.cut(keep);
         self.report.totals.cuts += 1;
         self.unclean = true;
+        self.leaks = Leaks { disturbed: true, ..world.leaks() };
         if let Some(model) = &self.model {
             model.borrow_mut().oracle.crash();
         }
@@ -258,6 +263,7 @@ impl<'a> Run<'a> {
             }
         }
         self.unclean = false;
+        self.leaks.disturbed = false;
         let header = self.read_header()?;
         self.model = Some(Rc::new(RefCell::new(self.make_model(&header))));
         Ok(())
@@ -337,6 +343,7 @@ impl<'a> Run<'a> {
                 self.bytes = world.cut(&Keep::Seeded(session.seed));
                 self.leave(&world)?;
                 self.unclean = false;
+                self.leaks = world.leaks();
                 self.model().borrow_mut().oracle.flushed_all();
                 self.after_close(session)
             }

@@ -20,6 +20,7 @@ use crate::prng::{Prng, mix};
 use crate::store::Store;
 use fvd_engine::host::*;
 use fvd_engine::{Config, Error, Image, Lookup, Queue, Reply, Request};
+use fvd_format::{Header, RegionKind};
 use std::cell::{Ref, RefCell, RefMut};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
@@ -102,8 +103,46 @@ pub struct Setup {
     pub discard_ignored_percent: u64,
     /// The storage gets so many bytes longer whenever the engine says that it is nearly used up.
     pub grows_when_told: u64,
+    /// What may have left space that nothing uses.
+    pub leaks: Leaks,
     /// Keep a text of everything that happens.
     pub trace: bool,
+}
+
+/// Regions begin at multiples of so many bytes (FMT: `docs/format.md`).
+const REGION_ALIGNMENT: u64 = 64 << 10;
+
+/// What may have left space in the image file that nothing uses (C6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leaks {
+    /// A power cut came or an operation failed since nothing was leaked.
+    pub disturbed: bool,
+    /// Bytes of the largest disk that a resize asked for.
+    pub largest_disk: u64,
+    /// Bytes of the largest write.
+    pub largest_write: u64,
+}
+
+impl Leaks {
+    /// How much there may be in an image with this header: regions that were built anew elsewhere; and
+    /// after a cut or a failure a growth step of which no record became stable, or the part of a flat
+    /// disk that grew or shrank.
+    fn limit(&self, header: &Header) -> u64 {
+        let rebuilt = [RegionKind::PageMap, RegionKind::Bitmap, RegionKind::Table];
+        let regions: u64 = rebuilt.iter().filter_map(|kind| header.region(*kind)).map(|r| r.length.next_multiple_of(REGION_ALIGNMENT)).sum();
+        if !self.disturbed {
+            return if header.is_compact() { 0 } else { 2 * regions + REGION_ALIGNMENT };
+        }
+        if header.is_compact() {
+            let chunk = u64::from(header.chunk_size);
+            // A write takes a chunk at either end that it covers in part.
+            let wanted = (self.largest_write + 2 * chunk).max(2 * regions + chunk);
+            wanted.next_multiple_of(header.storage_grow_unit)
+        } else {
+            let flat = self.largest_disk.saturating_sub(header.virtual_size);
+            flat.saturating_add(2 * regions + REGION_ALIGNMENT)
+        }
+    }
 }
 
 impl Setup {
@@ -121,6 +160,7 @@ impl Setup {
             failures: Failures::default(),
             discard_ignored_percent: 0,
             grows_when_told: 0,
+            leaks: Leaks { disturbed: true, largest_disk: u64::MAX, largest_write: 1 << 20 },
             trace: false,
         }
     }
@@ -323,6 +363,17 @@ impl World {
         world
     }
 
+    /// What may have left unused space by now.
+    pub fn leaks(&self) -> Leaks {
+        let inner = self.inner.borrow();
+        Leaks { disturbed: inner.setup.leaks.disturbed || inner.counters.injected > 0, ..inner.setup.leaks }
+    }
+
+    /// Bytes that may be leaked.
+    pub fn leak_limit(&self) -> u64 {
+        self.image.info().map_or(0, |info| self.leaks().limit(&info.header))
+    }
+
     /// The image.
     pub fn image(&self) -> &Arc<Image> {
         &self.image
@@ -398,7 +449,17 @@ impl World {
 
     /// A request of the guest enters by a queue.
     pub fn submit(&self, queue: usize, request: Request<Buf>, id: RequestId) {
-        self.inner.borrow_mut().say(|| format!("queue {queue}: request {id} begins"));
+        {
+            let mut inner = self.inner.borrow_mut();
+            inner.say(|| format!("queue {queue}: request {id} begins"));
+            let leaks = &mut inner.setup.leaks;
+            match &request {
+                Request::Resize { size, .. } => leaks.largest_disk = leaks.largest_disk.max(*size),
+                Request::Write { buf, .. } => leaks.largest_write = leaks.largest_write.max(buf.len() as u64),
+                Request::WriteZeroes { len, .. } => leaks.largest_write = leaks.largest_write.max(*len),
+                _ => {}
+            }
+        }
         let queue = self.queues.borrow()[queue].clone();
         queue.submit(request, id);
     }

@@ -12,14 +12,17 @@ use crate::campaign::caught;
 use crate::checker::{Checker, Mode};
 use crate::geometry::Base;
 use crate::store::Store;
-use crate::world::{Setup, World};
-use alphabet::{ALPHABET, DISK, LONG, SHORT, spell};
+use crate::world::{Leaks, Setup, World};
+use alphabet::{ALPHABET, DISK, GROWTH, LONG, SHORT, spell};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FILES, Limits};
 use fvd_engine::{Config, CreateParams, Request};
 use judge::{Judge, Known};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+
+/// The longest sequences that are played end with a disk that grew so many times.
+const DEPTH_MAX: u64 = 3;
 
 /// The image and the host that all sequences of a thread start from.
 pub struct Stage {
@@ -85,7 +88,9 @@ impl Stage {
         let mut limits = [Limits::default(); FILES];
         limits[0] = Limits { request_alignment: self.alignment, memory_alignment: 512, ..Limits::default() };
         let config = Config { limits, fault: self.fault, checkpoint_after: u64::from(eager), ..Config::default() };
-        Setup::scripted(bytes, Some(self.base(long)), config)
+        let scripted = Setup::scripted(bytes, Some(self.base(long)), config);
+        let leaks = Leaks { largest_disk: 512 * (DISK + DEPTH_MAX * GROWTH), largest_write: 512 * DISK, ..scripted.leaks };
+        Setup { leaks, ..scripted }
     }
 }
 
