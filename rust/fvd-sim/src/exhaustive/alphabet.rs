@@ -3,6 +3,7 @@
 //! whose base ends in the middle of the third block; places are chosen so that letters meet.
 
 use crate::plan::Act;
+use fvd_engine::Repair;
 
 /// Cells of a block: 4 KiB.
 pub const BLOCK: u64 = 8;
@@ -82,6 +83,7 @@ pub const ALPHABET: &[(&str, Do)] = &[
     ("shrink", Do::Together(&[Act::Shrink { cells: SHRINKAGE }])),
     ("shrink+write", Do::Newest(&[Act::Shrink { cells: SHRINKAGE }, write(2 * BLOCK + 4, 6), Act::Read { first: BLOCK, count: 2 * BLOCK }])),
     ("shrink+shim", Do::Shim(&[write(3 * BLOCK - 2, 2 + BLOCK), Act::Shrink { cells: SHRINKAGE }, write(6, 4)])),
+    ("repair+write", Do::Newest(&[Act::Check { repair: Repair::All }, write(10, 2)])),
     ("rebase", Do::Rebase),
     ("empty", Do::Empty),
     ("empty+shim", Do::EmptyBesideShim),
