@@ -62,6 +62,12 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_OPEN_DISCARD_NO_UNREF 4
 
 /**
+ * Writes that find no storage, where it does not grow by itself, wait for
+ * fvd_image_space_changed instead of failing with -ENOSPC.
+ */
+#define FVD_OPEN_WAIT_FOR_SPACE 8
+
+/**
  * fvd_file_options: past the page cache (O_DIRECT).
  */
 #define FVD_FILE_DIRECT 16
@@ -306,6 +312,15 @@ struct fvd_file_options {
      * As in fvd_config.
      */
     uint64_t metadata_memory;
+    /**
+     * As in fvd_host_ops; of use where the image lies on a block device.
+     * NULL: nobody is asked.
+     */
+    void (*low_space)(void *opaque, uint64_t free, uint64_t wanted);
+    /**
+     * What low_space is called with.
+     */
+    void *opaque;
 };
 
 /**
@@ -409,6 +424,17 @@ struct fvd_host_ops {
      * NULL: nobody reads it.
      */
     void (*log)(void *queue_opaque, uint32_t level, const char *text);
+    /**
+     * Storage that does not grow by itself (no FVD_LIMIT_GROWS_ZEROED) is
+     * nearly used up: free bytes of it are left for guest data, and the image
+     * can use wanted bytes more, at most storage_grow_unit. Called ahead of
+     * need, when less than a growth step is left behind what the image uses,
+     * and when a write finds nothing; once for each length of the storage,
+     * and again after each fvd_image_space_changed. Make the storage longer
+     * and call that function, from here or later from any thread. NULL:
+     * nobody is asked.
+     */
+    void (*low_space)(void *queue_opaque, uint64_t free, uint64_t wanted);
 };
 
 /**
@@ -810,6 +836,20 @@ void fvd_image_free(struct fvd_image **image);
  * A picture of the image: after fvd_submit_open succeeded, from any thread.
  */
 int fvd_image_info(struct fvd_image *image, struct fvd_info *out);
+
+/**
+ * The image's storage got longer, or somebody tried: writes that wait for
+ * storage look again, and low_space is called again if there is not enough.
+ * From any thread, also from low_space.
+ */
+int fvd_image_space_changed(struct fvd_image *image);
+
+/**
+ * Whether writes that find no storage wait: at first as
+ * FVD_OPEN_WAIT_FOR_SPACE says. With wait 0 those that wait now fail with
+ * -ENOSPC, too. From any thread, also from low_space.
+ */
+int fvd_image_wait_for_space(struct fvd_image *image, int wait);
 
 /**
  * Where guest bytes are, if the caller may do the I/O itself.

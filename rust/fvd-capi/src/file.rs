@@ -6,7 +6,7 @@
 
 use crate::error::{Failure, Result, answer, report};
 use crate::handle::{Tag, check_flags, copy_in, free, get, make};
-use crate::host::CHost;
+use crate::host::{CHost, LowSpace};
 use crate::image::{ImageInner, fvd_image, set_options};
 use crate::panic::guard;
 use crate::queue::{QueueInner, fvd_queue};
@@ -48,12 +48,13 @@ impl FileInner {
         let mut config = fvd_engine::Config {
             no_io: options.flags & FVD_OPEN_NO_IO != 0,
             discard_no_unref: options.flags & FVD_OPEN_DISCARD_NO_UNREF != 0,
+            wait_for_space: options.flags & FVD_OPEN_WAIT_FOR_SPACE != 0,
             ..host_options.config(files.limits())
         };
         set_options(&mut config, options.commit_interval_ms, options.metadata_memory);
         let io = Rc::new(FileIo::new(files)?);
         let image = ImageInner { image: Image::new(config), ops: None, queues: Default::default() };
-        let queue = make(QueueInner::over_file(&image, Rc::clone(&io)));
+        let queue = make(QueueInner::over_file(&image, Rc::clone(&io), LowSpace { call: options.low_space, opaque: options.opaque }));
         Ok(Self { image: make(image), queue, io })
     }
 
@@ -153,7 +154,7 @@ unsafe extern "C" fn answered(opaque: *mut c_void, ret: i64, error: *const c_cha
 }
 
 fn options_of(options: &fvd_file_options) -> Result<Options> {
-    let known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE;
+    let known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE;
     check_flags(options.flags, known, "struct fvd_file_options")?;
     let has = |flag| options.flags & flag != 0;
     Ok(Options {
@@ -177,7 +178,7 @@ unsafe fn arguments<'a>(path: *const c_char, options: *const fvd_file_options) -
     }
     // SAFETY: not NULL, so a C string by contract.
     let path = Path::new(OsStr::from_bytes(unsafe { CStr::from_ptr(path) }.to_bytes()));
-    let none = fvd_file_options { struct_size: 0, flags: 0, depth: 0, commit_interval_ms: 0, metadata_memory: 0 };
+    let none = fvd_file_options { struct_size: 0, flags: 0, depth: 0, commit_interval_ms: 0, metadata_memory: 0, low_space: None, opaque: null_mut() };
     // SAFETY: the caller's promise.
     let options = if options.is_null() { none } else { unsafe { copy_in(options, false) }? };
     Ok((path, options))

@@ -32,7 +32,14 @@ pub(crate) struct Callbacks {
 /// Who does the operations.
 pub(crate) enum World {
     Callbacks(Callbacks),
-    File(Rc<FileIo>),
+    File(Rc<FileIo>, LowSpace),
+}
+
+/// Who is told that storage is nearly used up.
+#[derive(Clone, Copy)]
+pub(crate) struct LowSpace {
+    pub call: Option<unsafe extern "C" fn(*mut c_void, u64, u64)>,
+    pub opaque: *mut c_void,
 }
 
 /// Zeroes written for a host that has no `write_zeroes`: one piece after the other, all with the
@@ -104,7 +111,7 @@ impl CHost {
     /// The file host, if this is one.
     pub fn file(&self) -> Option<&Rc<FileIo>> {
         match &self.world {
-            World::File(io) => Some(io),
+            World::File(io, _) => Some(io),
             World::Callbacks(_) => None,
         }
     }
@@ -374,7 +381,7 @@ impl Host for CHost {
         }
         match &self.world {
             World::Callbacks(callbacks) => self.submit_callbacks(callbacks, token, op),
-            World::File(io) => {
+            World::File(io, _) => {
                 self.in_flight.set(self.in_flight.get() + 1);
                 io.submit(token, op);
             }
@@ -412,7 +419,18 @@ impl Host for CHost {
             // SAFETY: the host promised working functions.
             World::Callbacks(Callbacks { ops: fvd_host_ops { set_timer: Some(f), .. }, opaque }) => unsafe { f(*opaque, at_ns) },
             World::Callbacks(_) => {}
-            World::File(io) => io.set_timer(at_ns),
+            World::File(io, _) => io.set_timer(at_ns),
+        }
+    }
+
+    fn low_space(&self, free: u64, wanted: u64) {
+        let who = match &self.world {
+            World::Callbacks(Callbacks { ops, opaque }) => LowSpace { call: ops.low_space, opaque: *opaque },
+            World::File(_, who) => *who,
+        };
+        if let Some(f) = who.call {
+            // SAFETY: the host promised working functions.
+            unsafe { f(who.opaque, free, wanted) };
         }
     }
 

@@ -3,7 +3,7 @@
 
 use crate::error::{Failure, Result, answer, report};
 use crate::handle::{Out, Sized_, Tag, check_flags, copy_in, free, get, make};
-use crate::panic::guard;
+use crate::panic::{guard, guard_image};
 use crate::types::*;
 use fvd_engine::host::Limits;
 use fvd_engine::{Config, Image, Info};
@@ -117,7 +117,7 @@ pub(crate) fn set_options(config: &mut Config, commit_interval_ms: u64, metadata
 }
 
 fn config_of(config: &fvd_config) -> Result<Config> {
-    check_flags(config.flags, FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF, "struct fvd_config")?;
+    check_flags(config.flags, FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE, "struct fvd_config")?;
     if config.reserved != 0 {
         return Err(Failure::invalid("struct fvd_config: reserved is not 0"));
     }
@@ -127,6 +127,7 @@ fn config_of(config: &fvd_config) -> Result<Config> {
         read_only: config.flags & FVD_OPEN_RDONLY != 0,
         no_io: config.flags & FVD_OPEN_NO_IO != 0,
         discard_no_unref: config.flags & FVD_OPEN_DISCARD_NO_UNREF != 0,
+        wait_for_space: config.flags & FVD_OPEN_WAIT_FOR_SPACE != 0,
         ..Config::default()
     };
     set_options(&mut engine, config.commit_interval_ms, config.metadata_memory);
@@ -259,6 +260,32 @@ pub unsafe extern "C" fn fvd_image_info(image: *mut fvd_image, out: *mut fvd_inf
         let out = unsafe { Out::new(out) }?;
         let info = inner.image.info()?;
         out.write(&info_of(&info, inner.image.is_poisoned()));
+        Ok(0)
+    }))
+}
+
+/// The image's storage got longer, or somebody tried: writes that wait for
+/// storage look again, and low_space is called again if there is not enough.
+/// From any thread, also from low_space.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fvd_image_space_changed(image: *mut fvd_image) -> c_int {
+    answer(guard(|| {
+        // SAFETY: the caller's promise.
+        let inner = unsafe { get::<ImageInner>(image) }?;
+        guard_image(&inner.image, || inner.image.space_changed()).map_err(|text| Failure::new(libc::EIO, text))?;
+        Ok(0)
+    }))
+}
+
+/// Whether writes that find no storage wait: at first as
+/// FVD_OPEN_WAIT_FOR_SPACE says. With wait 0 those that wait now fail with
+/// -ENOSPC, too. From any thread, also from low_space.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fvd_image_wait_for_space(image: *mut fvd_image, wait: c_int) -> c_int {
+    answer(guard(|| {
+        // SAFETY: the caller's promise.
+        let inner = unsafe { get::<ImageInner>(image) }?;
+        guard_image(&inner.image, || inner.image.set_wait_for_space(wait != 0)).map_err(|text| Failure::new(libc::EIO, text))?;
         Ok(0)
     }))
 }

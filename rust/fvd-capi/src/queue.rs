@@ -3,7 +3,7 @@
 
 use crate::error::{Failure, answer, report};
 use crate::handle::{Tag, free, get, make};
-use crate::host::{CHost, Callbacks, GateWake, WakeGate, World};
+use crate::host::{CHost, Callbacks, GateWake, LowSpace, WakeGate, World};
 use crate::image::{ImageInner, fvd_image};
 use crate::panic::guard;
 use fvd_engine::{Image, Queue};
@@ -44,9 +44,9 @@ impl QueueInner {
     }
 
     /// The queue of the ready-made file host.
-    pub fn over_file(image: &ImageInner, io: Rc<FileIo>) -> Self {
+    pub fn over_file(image: &ImageInner, io: Rc<FileIo>, low_space: LowSpace) -> Self {
         let wake = Box::new(io.wake_handle());
-        Self::new(Arc::clone(&image.image), &image.queues, World::File(io), wake, None)
+        Self::new(Arc::clone(&image.image), &image.queues, World::File(io, low_space), wake, None)
     }
 
     pub fn is_idle(&self) -> bool {

@@ -17,6 +17,9 @@ pub const FVD_OPEN_NO_IO: u32 = 2;
 /// Discarded chunks of a compact image keep their place: what is discarded is
 /// punched or zeroed there, so that the disk stays in order in its file.
 pub const FVD_OPEN_DISCARD_NO_UNREF: u32 = 4;
+/// Writes that find no storage, where it does not grow by itself, wait for
+/// fvd_image_space_changed instead of failing with -ENOSPC.
+pub const FVD_OPEN_WAIT_FOR_SPACE: u32 = 8;
 /// fvd_file_options: past the page cache (O_DIRECT).
 pub const FVD_FILE_DIRECT: u32 = 16;
 /// fvd_file_options: take no locks.
@@ -178,6 +181,15 @@ pub struct fvd_host_ops {
     /// A message for people. level: FVD_LOG_*. text is valid during the call.
     /// NULL: nobody reads it.
     pub log: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, level: u32, text: *const c_char)>,
+    /// Storage that does not grow by itself (no FVD_LIMIT_GROWS_ZEROED) is
+    /// nearly used up: free bytes of it are left for guest data, and the image
+    /// can use wanted bytes more, at most storage_grow_unit. Called ahead of
+    /// need, when less than a growth step is left behind what the image uses,
+    /// and when a write finds nothing; once for each length of the storage,
+    /// and again after each fvd_image_space_changed. Make the storage longer
+    /// and call that function, from here or later from any thread. NULL:
+    /// nobody is asked.
+    pub low_space: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, free: u64, wanted: u64)>,
 }
 
 /// How an image is opened or created.
@@ -380,4 +392,9 @@ pub struct fvd_file_options {
     pub commit_interval_ms: u64,
     /// As in fvd_config.
     pub metadata_memory: u64,
+    /// As in fvd_host_ops; of use where the image lies on a block device.
+    /// NULL: nobody is asked.
+    pub low_space: Option<unsafe extern "C" fn(opaque: *mut c_void, free: u64, wanted: u64)>,
+    /// What low_space is called with.
+    pub opaque: *mut c_void,
 }

@@ -36,6 +36,10 @@ pub enum Fault {
     RegionsAfterHeader,
     /// Close sets the clean mark without a checkpoint.
     CleanWithoutCheckpoint,
+    /// A write that waits for storage does not see what came while it looked.
+    NewsMissed,
+    /// The host added storage, and nobody who waits for it is woken.
+    NewsWakeNobody,
     /// A growth step makes the file longer than it is, also where what the file has behind the reach
     /// is enough: each power cut may leave one more step (C6).
     StepBehindFile,
@@ -183,7 +187,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 83] = [
+    pub const ALL: [Fault; 85] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -245,6 +249,8 @@ impl Fault {
         Self::FreshNotSynced,
         Self::StepNotZeroed,
         Self::StepBehindFile,
+        Self::NewsMissed,
+        Self::NewsWakeNobody,
         Self::ReachForgotten,
         Self::EmptyFreesAtOnce,
         Self::ReadWithoutBracket,

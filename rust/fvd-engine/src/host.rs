@@ -276,10 +276,14 @@ pub trait Host: 'static {
     fn set_timer(&self, at_ns: u64);
     /// A message for people.
     fn log(&self, level: LogLevel, text: &str);
-    /// Storage that does not grow by itself is nearly used up: `free` bytes of it are left, and the image
-    /// could use `wanted` more. Whoever can makes the file or device longer; the engine measures it
-    /// again when the rest is used up, and writes that find no room fail with `NoSpace` and may be tried
-    /// again. Called once, and again only after the storage grew and was used. Optional.
+    /// Storage that does not grow by itself is nearly used up: `free` bytes of it are left for guest
+    /// data, and `wanted` more (at most a growth step) are of use to the image. Called ahead of need, when
+    /// less than a growth step lies behind what the image uses, and when a write finds nothing.
+    /// Whoever can makes the file or device longer and then calls
+    /// [`Image::space_changed`](crate::Image::space_changed), here or later; the engine measures it
+    /// again. Writes that find no room wait for that call or fail with `NoSpace`, as the configuration
+    /// says; they may be tried again. Called once for each length of the storage, and again after each
+    /// call of that function. Optional.
     fn low_space(&self, free: u64, wanted: u64) {
         let _ = (free, wanted);
     }

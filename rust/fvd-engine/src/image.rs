@@ -161,6 +161,10 @@ pub struct Image {
     /// Held by who looks for storage.
     pub(crate) space_lock: AsyncMutex,
     pub(crate) space_wait: WaitQueue,
+    /// How often the host had news of its storage.
+    pub(crate) space_news: AtomicU64,
+    /// Writes that find no storage wait for news.
+    pub(crate) wait_for_space: AtomicBool,
     /// Held by whatever changes size, base or regions.
     pub(crate) layout_lock: AsyncMutex,
     pub(crate) commit_wait: WaitQueue,
@@ -175,6 +179,8 @@ impl Image {
     pub fn new(config: Config) -> Arc<Self> {
         let map = Map { no_direct_writes: AtomicU32::new(u32::from(config.read_only)), ..Map::default() };
         Arc::new(Self {
+            space_news: AtomicU64::new(0),
+            wait_for_space: AtomicBool::new(config.wait_for_space),
             config,
             state: AtomicU8::new(State::New as u8),
             poisoned: AtomicBool::new(false),
@@ -251,6 +257,7 @@ impl Image {
         // Whoever waits for a commit or a checkpoint must look again.
         self.commit_wait.wake_all();
         self.checkpoint_wait.wake_all();
+        self.space_wait.wake_all();
     }
 
     /// Whether an earlier failure made the image unusable.

@@ -152,6 +152,8 @@ impl<H: Host> Queue<H> {
     pub(crate) async fn close(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
         image.advance(State::Open, State::Closing)?;
+        // No storage comes any more.
+        image.space_wait.wake_all();
         let result = self.close_steps().await;
         image.set_state(State::Closed);
         self.host().set_timer(u64::MAX);

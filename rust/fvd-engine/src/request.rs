@@ -26,6 +26,10 @@ pub struct Config {
     /// Discards and write-zeroes leave chunks their place: the storage is zeroed or punched there, so
     /// that a disk laid out well stays so. (QEMU's `discard-no-unref`.)
     pub discard_no_unref: bool,
+    /// Writes that find no storage, where it does not grow by itself, wait until
+    /// [`Image::space_changed`](crate::Image::space_changed) instead of failing with `NoSpace`. See
+    /// [`Image::set_wait_for_space`](crate::Image::set_wait_for_space).
+    pub wait_for_space: bool,
     /// The mistake to make.
     #[cfg(feature = "planted-faults")]
     pub fault: Option<crate::faults::Fault>,
@@ -42,6 +46,7 @@ impl Default for Config {
             batch_pages: 0,
             metadata_memory: 1 << 30,
             discard_no_unref: false,
+            wait_for_space: false,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }

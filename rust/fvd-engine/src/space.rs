@@ -11,7 +11,7 @@
 
 use crate::bits::SEGMENT_BITS;
 use crate::changes::{Runs, add_run};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::executor::{Job, Queue, fail};
 use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::{Image, Meta, faulty};
@@ -20,6 +20,7 @@ use crate::table::{ENTRY_BITS, EntryRun};
 use fvd_format::limits::{CHUNKS_MAX, PAGE_SIZE};
 use fvd_format::Header;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 /// Freed runs of at least so many chunks are zeroed and synced at once, so that they are fresh;
 /// shorter ones are not worth a sync.
@@ -55,9 +56,10 @@ pub(crate) struct Space {
     next: Option<(u64, u64, bool)>,
     /// One is being opened.
     ahead: bool,
-    /// The host knows that the storage is used up, or a step could not be opened: no further attempt
-    /// ahead of need until one succeeds.
-    told: bool,
+    /// A step could not be opened ahead of need: no further attempt until one succeeds or the host has news.
+    stuck: bool,
+    /// What the host was told last of storage that runs low: its length, and the news counted by then.
+    told: Option<(u64, u64)>,
     /// Storage chunks below the reach.
     end: u64,
 }
@@ -159,11 +161,42 @@ impl Meta {
 }
 
 impl Image {
+    /// The host made its storage longer, or tried: whoever waits for storage looks again, and the host is
+    /// told again if that was not enough. From any thread.
+    pub fn space_changed(&self) {
+        self.space_news.fetch_add(1, Ordering::AcqRel);
+        if let Some(space) = &mut self.meta().space {
+            space.stuck = false;
+        }
+        if !faulty!(self, NewsWakeNobody) {
+            self.space_wait.wake_all();
+        }
+    }
+
+    /// Whether writes that find no storage wait for [`Image::space_changed`]; if not, those that wait
+    /// now fail with `NoSpace`, too. From any thread.
+    pub fn set_wait_for_space(&self, wait: bool) {
+        self.wait_for_space.store(wait, Ordering::Release);
+        self.space_news.fetch_add(1, Ordering::AcqRel);
+        self.space_wait.wake_all();
+    }
+
+    /// How often the host had news of its storage.
+    pub(crate) fn space_news(&self) -> u64 {
+        self.space_news.load(Ordering::Acquire)
+    }
+
+    /// Whether a write that finds no storage is to wait for some.
+    pub(crate) fn waits_for_space(&self) -> bool {
+        self.wait_for_space.load(Ordering::Acquire) && self.is_open() && !self.is_poisoned()
+    }
+
     /// Chunks that were handed out for metadata and are not used.
     pub(crate) fn give_back_chunks(&self, start: u64, end: u64) {
         if let Some(space) = &mut self.meta().space {
             space.give_back(Taken { id: start, count: end - start, fresh: false });
         }
+        self.space_wait.wake_all();
     }
 
     /// Storage chunks below the reach.
@@ -205,19 +238,47 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Hands out 1…`most` storage chunks that lie one behind the other.
+    /// Hands out 1…`most` storage chunks that lie one behind the other. Waits for the host to add
+    /// storage, if it is to.
     pub(crate) async fn allocate(self: &Rc<Self>, most: u64) -> Result<Taken> {
         loop {
             self.ensure_space().await?;
+            // Before the look: news that come while it looks must not be missed.
+            let news = self.image().space_news();
             let taken = self.image().meta().space.as_mut().expect("looked for").take(most);
             match taken {
                 Some(taken) => {
                     self.look_ahead();
                     return Ok(taken);
                 }
-                None => self.supply(most).await?,
+                None => match self.supply(most).await {
+                    Err(error) if error.kind == Kind::NoSpace => self.wait_for_space(news, error).await?,
+                    result => result?,
+                },
             }
         }
+    }
+
+    /// Waits until the host has news of its storage since `news`, or chunks become free. `error` if
+    /// nobody is to wait, or the host was not told what is missing.
+    async fn wait_for_space(self: &Rc<Self>, news: u64, error: Error) -> Result<()> {
+        let image = self.image();
+        let news = if faulty!(image, NewsMissed) { image.space_news() } else { news };
+        let look = || {
+            let told = {
+                let meta = image.meta();
+                let space = meta.space.as_ref().expect("looked for");
+                if !space.free.is_empty() || !space.unpunched.is_empty() {
+                    return Some(Ok(()));
+                }
+                space.told.is_some_and(|(_, then)| then >= news)
+            };
+            if image.space_news() != news && image.waits_for_space() {
+                return Some(Ok(()));
+            }
+            (!told || !image.waits_for_space()).then(|| Err(error.clone()))
+        };
+        image.space_wait.until(look).await
     }
 
     /// Hands out exactly `count` chunks one behind the other, for metadata; they are zeroed by who
@@ -327,7 +388,7 @@ impl<H: Host> Queue<H> {
             let mut meta = image.meta();
             let low = meta.runs_low() && !image.is_poisoned();
             let space = meta.space.as_mut().expect("looked for");
-            low && !space.told && !std::mem::replace(&mut space.ahead, true)
+            low && !space.stuck && !std::mem::replace(&mut space.ahead, true)
         };
         if start {
             self.spawn(Job::Step);
@@ -351,7 +412,7 @@ impl<H: Host> Queue<H> {
                 meta.stats.steps_ahead += 1;
             }
             Err(error) => {
-                space.told = true;
+                space.stuck = true;
                 drop(meta);
                 if error.kind != Kind::NoSpace {
                     self.host().log(LogLevel::Warning, &error.context("opening a growth step ahead of need").text);
@@ -374,14 +435,7 @@ impl<H: Host> Queue<H> {
             end = end.min(header.chunks_below(length));
         }
         if end <= start {
-            let free = {
-                let mut meta = image.meta();
-                let space = meta.space.as_mut().expect("looked for");
-                (!std::mem::replace(&mut space.told, true)).then(|| space.free_chunks())
-            };
-            if let Some(free) = free {
-                self.host().low_space(free * u64::from(header.chunk_size), header.storage_grow_unit);
-            }
+            self.tell_low_space(length, 0, !ahead);
             let text = format!("no chunk of {} bytes is free: the storage has {length} bytes, {start} chunks are in use", header.chunk_size);
             return fail(Kind::NoSpace, text);
         }
@@ -414,11 +468,39 @@ impl<H: Host> Queue<H> {
                 self.commit_metadata().await?;
             }
         }
-        let mut meta = image.meta();
-        meta.stats.growth_steps += 1;
-        let space = meta.space.as_mut().expect("looked for");
-        (space.end, space.told) = (end, false);
+        {
+            let mut meta = image.meta();
+            meta.stats.growth_steps += 1;
+            let space = meta.space.as_mut().expect("looked for");
+            (space.end, space.stuck) = (end, false);
+        }
+        if !limits.grows_zeroed && header.chunks_below(length) - end < unit {
+            self.tell_low_space(length, end - start, false);
+        }
         Ok((start, end, fresh))
+    }
+
+    /// Tells the host, unless it knows, that its storage of `length` bytes is nearly used up: if somebody
+    /// needs more, or the disk may. `opened`: chunks of a step that nobody has yet.
+    fn tell_low_space(&self, length: u64, opened: u64, needed: bool) {
+        let image = self.image();
+        let (free, wanted) = {
+            let news = image.space_news();
+            let mut meta = image.meta();
+            let header = meta.header.clone().expect("open image");
+            let space = meta.space.as_mut().expect("looked for");
+            let free = space.free_chunks() + opened;
+            let used = space.end - free;
+            let free = free + header.chunks_below(length).saturating_sub(space.end);
+            let missing = header.chunks().saturating_sub(used + free);
+            if space.told == Some((length, news)) || (missing == 0 && !needed) {
+                return;
+            }
+            space.told = Some((length, news));
+            let chunk = u64::from(header.chunk_size);
+            (free * chunk, (missing.max(1) * chunk).min(header.storage_grow_unit))
+        };
+        self.host().low_space(free, wanted);
     }
 
     /// Gives the storage of freed chunks back to the host, a run at a time.

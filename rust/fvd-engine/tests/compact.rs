@@ -268,3 +268,103 @@ fn bad_parameters_are_named() {
     fails(CreateParams { block_size: 1 << 20, ..over(compact(MIB), "raw") }, "block_size 1048576");
     fails(CreateParams { virtual_size: Some(1 << 48), ..compact(0) }, "4294967296 chunks");
 }
+
+/// A compact image on a device with room for two more chunks, which waits for storage.
+fn waiting() -> Sim {
+    let fixed = Limits { grows_zeroed: false, ..limits(512) };
+    let mut storage = Store::default();
+    storage.write(0, &vec![0xa5; 4 * MIB as usize]);
+    let params = CreateParams { journal_size: MIB, ..compact(64 * CHUNK) };
+    let mut storage = create_in(storage, params, None, fixed).unwrap();
+    storage.resize(Sim::try_open(&storage, None, fixed, Config::default()).unwrap().info().header.data_offset + 2 * CHUNK);
+    Sim::try_open(&storage, None, fixed, Config { wait_for_space: true, ..Config::default() }).unwrap()
+}
+
+fn write_of(chunk: u64, count: u64) -> Request<Buf> {
+    Request::Write { offset: chunk * CHUNK, buf: Buf::new(vec![1 + chunk as u8; (count * CHUNK) as usize]), fua: false }
+}
+
+/// Submits a request and lets everything happen that can.
+fn begin(sim: &Sim, request: Request<Buf>, id: u64) {
+    sim.queue.submit(request, id);
+    settle(sim);
+}
+
+fn settle(sim: &Sim) {
+    sim.queue.run();
+    while sim.world.step(&sim.queue) {
+        sim.queue.run();
+    }
+}
+
+fn lengthen(sim: &Sim, chunks: u64) {
+    let disk = &mut *sim.world.disk.borrow_mut();
+    let end = disk.view.len;
+    for store in [&mut disk.view, &mut disk.stable] {
+        store.write(end, &vec![0x5a; (chunks * CHUNK) as usize]);
+    }
+}
+
+fn told(sim: &Sim) -> Vec<String> {
+    sim.world.log.borrow().iter().filter(|text| text.starts_with("low space")).cloned().collect()
+}
+
+#[test]
+fn a_write_waits_for_storage_and_nothing_else_does() {
+    let sim = waiting();
+    sim.write(0, vec![1; CHUNK as usize]);
+    // Ahead of need: the device ends within this growth step.
+    assert_eq!(told(&sim), [format!("low space: {} of {}", 2 * CHUNK, 16 * CHUNK)]);
+    begin(&sim, write_of(2, 3), 7);
+    begin(&sim, write_of(9, 1), 8);
+    assert!(sim.world.results.borrow().is_empty(), "{:?}", sim.world.results.borrow());
+    assert_eq!(told(&sim).len(), 1, "the device is as long as it was");
+    // Reads, flushes and writes to storage that is there go on.
+    begin(&sim, Request::Flush, 9);
+    begin(&sim, write_of(0, 1), 10);
+    assert_eq!(sim.world.results.take().into_iter().map(|r| (r.0, r.1.is_ok())).collect::<Vec<_>>(), [(9, true), (10, true)]);
+
+    // Not enough: the host is told again, once.
+    lengthen(&sim, 1);
+    sim.queue.image().space_changed();
+    settle(&sim);
+    assert!(sim.world.results.borrow().is_empty());
+    assert_eq!(told(&sim).len(), 2);
+    lengthen(&sim, 2);
+    sim.queue.image().space_changed();
+    settle(&sim);
+    let mut results = sim.world.results.take();
+    results.sort_by_key(|r| r.0);
+    assert_eq!(results, [(7, Ok(Reply::Done)), (8, Ok(Reply::Done))]);
+    same(&sim.read(4 * CHUNK, CHUNK), &vec![3; CHUNK as usize], "what waited");
+}
+
+#[test]
+fn waiting_for_storage_ends_when_the_host_says_so_and_at_close() {
+    let sim = waiting();
+    begin(&sim, write_of(0, 3), 7);
+    assert!(sim.world.results.borrow().is_empty());
+    sim.queue.image().set_wait_for_space(false);
+    settle(&sim);
+    let ended = |id, kind| {
+        let results = sim.world.results.take();
+        assert!(matches!(&results[..], [(i, Err(error))] if *i == id && error.kind == kind), "{results:?}");
+    };
+    ended(7, Kind::NoSpace);
+    // Nor does another write wait.
+    begin(&sim, write_of(0, 3), 8);
+    ended(8, Kind::NoSpace);
+    sim.queue.image().set_wait_for_space(true);
+    // Storage that a discard frees does as well.
+    begin(&sim, write_of(5, 1), 9);
+    assert!(sim.world.results.borrow().is_empty());
+    begin(&sim, Request::Discard { offset: 0, len: CHUNK }, 10);
+    begin(&sim, Request::Flush, 11);
+    assert_eq!(sim.world.results.take().iter().filter(|r| r.1.is_ok()).count(), 3);
+    begin(&sim, write_of(0, 1), 12);
+    assert!(sim.world.results.borrow().is_empty());
+    // A close does not wait.
+    begin(&sim, Request::Close, 13);
+    let results = sim.world.results.take();
+    assert!(matches!(&results[..], [(12, Err(error)), (13, Ok(_))] if error.kind == Kind::NoSpace), "{results:?}");
+}

@@ -227,6 +227,7 @@ impl Run {
             random_bytes: None,
             set_timer: None,
             log: None,
+            low_space: None,
         };
         let limits = fvd_limits {
             struct_size: size_of::<fvd_limits>() as u32,

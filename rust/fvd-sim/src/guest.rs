@@ -76,6 +76,8 @@ pub struct Guest {
     pub fixed: bool,
     /// Storage is allocated as the guest writes.
     pub compact: bool,
+    /// The image is being closed: no storage comes any more.
+    pub closing: bool,
     /// Steps that failed since this was last emptied, for whoever wants to judge or repeat them.
     pub errors: Vec<(Step, fvd_engine::Error)>,
     alignment: [u32; 2],
@@ -85,7 +87,7 @@ impl Guest {
     /// The guest of a session.
     pub fn new(world: Rc<World>, model: Rc<RefCell<Model>>, cells: u64, next_tag: Tag) -> Self {
         let alignment = world.image_alignment();
-        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, compact: false, errors: Vec::new(), alignment }
+        Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, compact: false, closing: false, errors: Vec::new(), alignment }
     }
 
     /// Requests under way.
@@ -339,8 +341,8 @@ impl Guest {
                 if let Some((first, count)) = self.place(first, count) {
                     self.model.borrow_mut().oracle.end_maybe(begun, first, count);
                 }
-                // The storage is full.
-                if error.kind == Kind::NoSpace && self.fixed && self.compact {
+                // The storage is full, and no more came.
+                if error.kind == Kind::NoSpace && self.fixed && self.compact && (self.closing || !self.world.always_supplies()) {
                     return;
                 }
             }

@@ -4,6 +4,7 @@
 //! a mixture of everything seldom goes far in any direction.
 
 use crate::clock::{Latency, MS, SECOND};
+use crate::world::Answer;
 use crate::prng::Prng;
 use fvd_engine::host::Limits;
 
@@ -84,10 +85,12 @@ pub struct Options {
     pub chunk_size: u32,
     /// Chunks in a growth step.
     pub step_chunks: u64,
-    /// Storage that does not grow: bytes behind the metadata.
+    /// Storage that does not grow: bytes behind the metadata, of a compact image.
     pub fixed_room: u64,
-    /// It is made longer by as much when the engine says that it is nearly used up.
-    pub grows_when_told: bool,
+    /// What comes of it when the engine says that it is nearly used up.
+    pub answer: Answer,
+    /// Writes that find no storage wait for it.
+    pub wait_for_space: bool,
     /// Journal: bytes.
     pub journal_size: u64,
     /// Blocks that are zero in the base are found at creation.
@@ -251,7 +254,7 @@ impl Options {
             block_size,
             chunk_size,
             step_chunks: p.pick(&[1, 1, 2, 4, 20]),
-            fixed_room: p.pick(&[128 << 10, 256 << 10, 1 << 20, 8 << 20]),
+            fixed_room: p.pick(&[0, 64 << 10, 256 << 10, 4 << 20]),
             journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
             holes: base == BaseIs::Known && p.chance(30),
             preallocate: crowd == Crowd::Blocks || p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
@@ -273,7 +276,12 @@ impl Options {
             cut_percent: p.pick(&[50, 80, 100]),
             discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
             discard_no_unref: p.one_in(5),
-            grows_when_told: p.chance(50),
+            answer: Answer {
+                grows_by: if p.chance(50) { p.pick(&[16 << 10, 64 << 10, 256 << 10]) } else { 0 },
+                after_ns: p.pick(&[0, 0, MS, 300 * MS]),
+                refuses_percent: p.pick(&[0, 0, 0, 30]),
+            },
+            wait_for_space: p.chance(50),
         }
     }
 

@@ -28,10 +28,8 @@ use std::rc::Rc;
 const STEPS_MAX: u64 = 400_000;
 /// What a commit may take, with a checkpoint before it: nanoseconds.
 const COMMIT_SLACK: u64 = 10 * SECOND;
-/// Storage that does not grow: bytes.
+/// Storage that does not grow, when the image is made: bytes.
 const FIXED_LENGTH: u64 = 16 << 20;
-/// The same for a compact image, without its chunks.
-const COMPACT_METADATA: u64 = 4 << 20;
 
 /// What a run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -136,8 +134,7 @@ impl<'a> Run<'a> {
         let options = &plan.options;
         let mut bytes = Store::default();
         if !options.limits[0].grows_zeroed {
-            let length = if options.chunk_size > 0 && !options.preallocate { COMPACT_METADATA + options.fixed_room } else { FIXED_LENGTH };
-            bytes.fill_pages(0, length, GARBAGE_BYTE);
+            bytes.fill_pages(0, FIXED_LENGTH, GARBAGE_BYTE);
         }
         Self {
             plan,
@@ -175,7 +172,7 @@ impl<'a> Run<'a> {
         let options = self.options;
         let mut limits = [Limits::default(); FILES];
         (limits[0], limits[2]) = (options.limits[0], options.limits[1]);
-        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, batch_pages: options.batch_pages, commit_interval_ns: options.commit_interval_ns, discard_no_unref: options.discard_no_unref, ..Config::default() }
+        Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, batch_pages: options.batch_pages, commit_interval_ns: options.commit_interval_ns, discard_no_unref: options.discard_no_unref, wait_for_space: options.wait_for_space, ..Config::default() }
     }
 
     pub(crate) fn setup(&self, seed: u64, number: usize) -> Setup {
@@ -186,7 +183,7 @@ impl<'a> Run<'a> {
             latency: options.latency,
             inline_percent: options.inline_percent,
             discard_ignored_percent: options.discard_ignored_percent,
-            grows_when_told: if options.grows_when_told { options.fixed_room.min(256 << 10) } else { 0 },
+            answer: options.answer,
             leaks: self.leaks,
             trace: self.trace,
             ..Setup::scripted(self.bytes.clone(), self.base(number), self.config(false))
@@ -265,6 +262,10 @@ impl<'a> Run<'a> {
         self.unclean = false;
         self.leaks.disturbed = false;
         let header = self.read_header()?;
+        if header.is_compact() && !self.options.limits[0].grows_zeroed && !self.options.preallocate {
+            // A device with room for so much.
+            self.bytes.resize(header.data_offset + self.options.fixed_room);
+        }
         self.model = Some(Rc::new(RefCell::new(self.make_model(&header))));
         Ok(())
     }
@@ -785,6 +786,7 @@ fn drive(guest: &mut Guest, world: &Rc<World>, session: &Session, depth: usize, 
 /// to happen stops it.
 fn close(guest: &mut Guest, world: &Rc<World>, cut: Option<&Cut>) -> Verdict<bool> {
     const ID: RequestId = RequestId::MAX - 1;
+    guest.closing = true;
     world.submit(0, Request::Close, ID);
     for _ in 0..STEPS_MAX {
         match world.take_done() {

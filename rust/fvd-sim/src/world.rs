@@ -101,8 +101,8 @@ pub struct Setup {
     pub failures: Failures,
     /// A discard leaves the data as it was, in how many of 100 cases.
     pub discard_ignored_percent: u64,
-    /// The storage gets so many bytes longer whenever the engine says that it is nearly used up.
-    pub grows_when_told: u64,
+    /// What comes of it when the engine says that the storage is nearly used up.
+    pub answer: Answer,
     /// What may have left space that nothing uses.
     pub leaks: Leaks,
     /// Keep a text of everything that happens.
@@ -111,6 +111,29 @@ pub struct Setup {
 
 /// Regions begin at multiples of so many bytes (FMT: `docs/format.md`).
 const REGION_ALIGNMENT: u64 = 64 << 10;
+
+/// How the host answers when it is told that the storage is nearly used up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// The storage gets so many bytes longer; 0: never, and whoever waits is told so.
+    pub grows_by: u64,
+    /// So much later; 0: before the engine goes on.
+    pub after_ns: u64,
+    /// In so many of 100 cases it does not, and whoever waits is told so.
+    pub refuses_percent: u64,
+}
+
+/// What the host does about its storage, later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Supply {
+    /// Answers.
+    Answer,
+    /// Lets writes wait again.
+    WaitAgain,
+}
+
+/// Nanoseconds for which writes do not wait for storage after the host refused some.
+const REFUSED_FOR: u64 = 100_000;
 
 /// What may have left space in the image file that nothing uses (C6).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,7 +182,7 @@ impl Setup {
             inline_percent: 0,
             failures: Failures::default(),
             discard_ignored_percent: 0,
-            grows_when_told: 0,
+            answer: Answer::default(),
             leaks: Leaks { disturbed: true, largest_disk: u64::MAX, largest_write: 1 << 20 },
             trace: false,
         }
@@ -224,6 +247,8 @@ pub struct Inner {
     pending: BTreeMap<(u64, u64), Pending>,
     issued: u64,
     timers: Vec<u64>,
+    /// What the host does next about its storage, and when.
+    supply: Option<(u64, Supply)>,
     done: VecDeque<(RequestId, Outcome)>,
     own_done: VecDeque<(RequestId, i64)>,
     /// The checks of the engine's side of the contract.
@@ -294,12 +319,18 @@ impl Host for SimHost {
         self.world.inner.borrow_mut().timers[self.queue] = at_ns;
     }
     fn low_space(&self, free: u64, wanted: u64) {
-        let inner = &mut *self.world.inner.borrow_mut();
-        inner.note(3, [free, wanted, 0, 0], || format!("{free} bytes of storage are left, {wanted} are wanted"));
-        // A device that got longer: at once, and for good.
-        let (at, more) = (inner.disk.view.len(), inner.setup.grows_when_told);
-        for store in [&mut inner.disk.stable, &mut inner.disk.view].into_iter().filter(|_| more > 0) {
-            store.fill_pages(at, more, GARBAGE_BYTE);
+        let at_once = {
+            let inner = &mut *self.world.inner.borrow_mut();
+            inner.note(3, [free, wanted, 0, 0], || format!("{free} bytes of storage are left, {wanted} are wanted"));
+            let Answer { grows_by, after_ns, .. } = inner.setup.answer;
+            let at_once = after_ns == 0 && grows_by > 0;
+            if !at_once && inner.supply.is_none() {
+                inner.supply = Some((inner.now + after_ns, Supply::Answer));
+            }
+            at_once
+        };
+        if at_once {
+            self.world.add_storage();
         }
     }
     fn log(&self, level: LogLevel, text: &str) {
@@ -346,6 +377,7 @@ impl World {
             pending: BTreeMap::new(),
             issued: 0,
             timers: vec![u64::MAX; setup.queues],
+            supply: None,
             done: VecDeque::new(),
             own_done: VecDeque::new(),
             checker,
@@ -553,7 +585,49 @@ impl World {
         let woken = self.woken.iter().any(|woken| woken.load(Ordering::Relaxed)).then_some(inner.now);
         let ends = inner.pending.first_key_value().map(|(key, _)| key.0);
         let timer = inner.timers.iter().copied().filter(|at| *at != u64::MAX).min();
-        [woken, ends, timer].into_iter().flatten().min()
+        let supply = inner.supply.map(|(at, _)| at);
+        [woken, ends, timer, supply].into_iter().flatten().min()
+    }
+
+    /// Whether the storage always gets longer when it is nearly used up, and who needs it waits.
+    pub fn always_supplies(&self) -> bool {
+        let setup = &self.inner.borrow().setup;
+        setup.config.wait_for_space && setup.answer.grows_by > 0 && setup.answer.refuses_percent == 0
+    }
+
+    /// The storage gets longer, at once and for good, as a device does.
+    fn add_storage(&self) {
+        {
+            let inner = &mut *self.inner.borrow_mut();
+            let (at, more) = (inner.disk.view.len(), inner.setup.answer.grows_by);
+            inner.note(6, [at, more, 0, 0], || format!("the storage has {more} bytes more"));
+            for store in [&mut inner.disk.stable, &mut inner.disk.view] {
+                store.fill_pages(at, more, GARBAGE_BYTE);
+            }
+        }
+        self.image.space_changed();
+    }
+
+    /// The host does what it meant to do about its storage.
+    fn supply(&self) {
+        let (what, grows) = {
+            let mut inner = self.inner.borrow_mut();
+            let (at, what) = inner.supply.take().expect("looked");
+            inner.now = inner.now.max(at);
+            let Answer { grows_by, refuses_percent, .. } = inner.setup.answer;
+            let grows = what == Supply::Answer && grows_by > 0 && !inner.prng.chance(refuses_percent);
+            if what == Supply::Answer && !grows {
+                inner.supply = Some((inner.now + REFUSED_FOR, Supply::WaitAgain));
+            }
+            inner.note(7, [what as u64, u64::from(grows), 0, 0], || format!("storage: {what:?}, grows {grows}"));
+            (what, grows)
+        };
+        if grows {
+            self.add_storage();
+        } else {
+            let waits = what == Supply::WaitAgain && self.inner.borrow().setup.config.wait_for_space;
+            self.image.set_wait_for_space(waits);
+        }
     }
 
     /// One event. False if nothing is left that could happen by itself.
@@ -572,6 +646,11 @@ impl World {
             let timer = inner.timers.iter().enumerate().min_by_key(|(_, at)| **at).map(|(queue, at)| (*at, queue));
             (inner.pending.first_key_value().map(|(key, _)| *key), timer.filter(|(at, _)| *at != u64::MAX))
         };
+        let supply = self.inner.borrow().supply.map(|(at, _)| at);
+        if supply.is_some_and(|at| next.is_none_or(|key| at < key.0) && timer.is_none_or(|(t, _)| at <= t)) {
+            self.supply();
+            return true;
+        }
         match (next, timer) {
             (Some(key), timer) if timer.is_none_or(|(at, _)| key.0 <= at) => self.finish(key, None),
             (_, Some((at, queue))) => {

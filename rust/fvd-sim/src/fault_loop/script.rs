@@ -14,7 +14,7 @@ use crate::oracle::Oracle;
 use crate::plan::{Act, Cut, Plan, Step};
 use crate::run::{Run, Verdict, until_done};
 use crate::store::Store;
-use crate::world::World;
+use crate::world::{Answer, World};
 use fvd_engine::{Repair, Request};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FileId, Limits, OpKind};
@@ -221,7 +221,8 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         latency: [Latency { spread: variant.spread, ..Latency::NONE }; 2],
         discard_ignored_percent: 0,
         discard_no_unref: false,
-        grows_when_told: false,
+        answer: Answer::default(),
+        wait_for_space: false,
         ..Options::draw(0)
     };
     Rc::new(Plan { options, create_cuts: Vec::new(), sessions: Vec::new() })
