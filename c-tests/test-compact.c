@@ -257,6 +257,93 @@ static void full_device(enum mode mode)
     disk_end(&d);
 }
 
+static struct {
+    unsigned calls;
+    uint64_t free, wanted;
+} told;
+
+static void low_space(void *queue_opaque, uint64_t free, uint64_t wanted)
+{
+    (void)queue_opaque;
+    told.calls++;
+    told.free = free;
+    told.wanted = wanted;
+}
+
+/* Begins a write of len bytes; r says how it ends. */
+static void begin_fill(struct mem_queue *q, struct iovec *iov, uint64_t offset, struct result *r)
+{
+    memset(r, 0, sizeof(*r));
+    fvd_submit_write(q->queue, offset, iov, 1, 0, done, r);
+    run(q);
+}
+
+/* API-74, API-75: how a wait ends */
+static void waiting_for_space(enum mode mode, int end)
+{
+    struct disk d;
+    struct result r, other;
+    struct iovec iov = { .iov_len = DISK };
+    iov.iov_base = malloc(iov.iov_len);
+    CHECK(iov.iov_base);
+    memset(iov.iov_base, 0x66, iov.iov_len);
+    start(&d, mode, 0, 4 * MIB);
+    CHECK_EQ(do_close(&d.q), 0);
+    d.host.callbacks.low_space = low_space;
+    disk_reopen(&d, FVD_OPEN_WAIT_FOR_SPACE);
+
+    memset(&told, 0, sizeof(told));
+    begin_fill(&d.q, &iov, 0, &r);
+    CHECK_EQ(r.calls, 0);
+    CHECK_EQ(told.calls, 1);
+    CHECK(told.wanted >= CHUNK && told.wanted <= STEP);
+    /* Nothing else waits. */
+    CHECK_EQ(do_flush(&d.q), 0);
+    check_bytes(&d.q, 0, 512, DISK - 512);
+    switch (end) {
+    case 0:
+        /* An answer without storage asks once more. */
+        CHECK_EQ(fvd_image_space_changed(d.image, 0), 0);
+        run(&d.q);
+        CHECK_EQ(r.calls, 0);
+        CHECK_EQ(told.calls, 2);
+        CHECK_EQ(told.free, 0);
+        enlarge(&d.host, 2 * MIB);
+        CHECK_EQ(fvd_image_space_changed(d.image, 0), 0);
+        CHECK_EQ(wait_for(&d.q, &r), 0);
+        check_bytes(&d.q, 0x66, iov.iov_len, 0);
+        break;
+    case 1:
+        CHECK_EQ(fvd_image_space_changed(d.image, -ENOSPC), 0);
+        CHECK_EQ(wait_for(&d.q, &r), -ENOSPC);
+        /* The next one asks and waits again. */
+        begin_fill(&d.q, &iov, 0, &r);
+        CHECK_EQ(r.calls, 0);
+        CHECK_EQ(told.calls, 2);
+        enlarge(&d.host, 2 * MIB);
+        CHECK_EQ(fvd_image_space_changed(d.image, 0), 0);
+        CHECK_EQ(wait_for(&d.q, &r), 0);
+        break;
+    case 2:
+        CHECK_EQ(fvd_image_wait_for_space(d.image, 0), 0);
+        CHECK_EQ(wait_for(&d.q, &r), -ENOSPC);
+        begin_fill(&d.q, &iov, 0, &r);
+        CHECK_EQ(wait_for(&d.q, &r), -ENOSPC);
+        break;
+    case 3:
+        memset(&other, 0, sizeof(other));
+        fvd_submit_close(d.q.queue, done, &other);
+        CHECK_EQ(wait_for(&d.q, &other), 0);
+        CHECK_EQ(wait_for(&d.q, &r), -ENOSPC);
+        disk_reopen(&d, 0);
+        break;
+    }
+    disk_end(&d);
+    CHECK_EQ(fvd_image_space_changed(NULL, 0), -EINVAL);
+    CHECK_EQ(fvd_image_wait_for_space(NULL, 0), -EINVAL);
+    free(iov.iov_base);
+}
+
 static void wrong_parameters(void)
 {
     struct disk d;
@@ -353,6 +440,9 @@ int main(void)
         discards(mode);
         discards_in_place(mode);
         full_device(mode);
+        for (int end = 0; end < 4; end++) {
+            waiting_for_space(mode, end);
+        }
     }
     wrong_parameters();
     file_host();

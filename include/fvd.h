@@ -838,11 +838,12 @@ void fvd_image_free(struct fvd_image **image);
 int fvd_image_info(struct fvd_image *image, struct fvd_info *out);
 
 /**
- * The image's storage got longer, or somebody tried: writes that wait for
- * storage look again, and low_space is called again if there is not enough.
+ * The answer to low_space. result 0: the storage got longer; writes that
+ * wait for storage look again, and low_space is called again if there is not
+ * enough. A negative errno: it could not; those that wait fail with -ENOSPC.
  * From any thread, also from low_space.
  */
-int fvd_image_space_changed(struct fvd_image *image);
+int fvd_image_space_changed(struct fvd_image *image, int result);
 
 /**
  * Whether writes that find no storage wait: at first as

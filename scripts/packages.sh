@@ -19,7 +19,7 @@ packages=(
     ca-certificates curl xz-utils dpkg-dev rsync util-linux
     # QEMU
     python3 python3-venv python3-pip flex bison patchelf
-    libglib2.0-dev zlib1g-dev libzstd-dev liburing-dev libaio-dev
+    libglib2.0-dev zlib1g-dev libzstd-dev liburing-dev libaio-dev libseccomp-dev
     libfuse3-dev fuse3 libfdt-dev libpixman-1-dev libslirp-dev nettle-dev
     libcurl4-gnutls-dev
     # tests: memory checkers, clang's thread-safety analysis, disks and loops

@@ -36,7 +36,7 @@ configure_line=(
     --target-list=x86_64-softmmu
     --without-default-devices --with-devices-x86_64=fvd
     --enable-fdt=system --enable-kvm --enable-tcg --enable-pixman
-    --enable-linux-io-uring --enable-linux-aio --enable-fuse --enable-fuse-lseek
+    --enable-linux-io-uring --enable-linux-aio --enable-fuse --enable-fuse-lseek --enable-seccomp
     --enable-vhost-user --enable-vhost-user-blk-server
     --enable-coroutine-pool --enable-malloc-trim --enable-membarrier
     --enable-avx2 --enable-zstd --enable-replication

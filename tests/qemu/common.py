@@ -7,6 +7,7 @@ Environment: BIN_DIR (programs under test, default build/bin), TMPDIR, KEEP=1 (k
 scratch folder; KEEP=failed: if a test fails), SEED (repeat a random run), VERBOSE=1 (every command).
 """
 
+import glob
 import json
 import os
 import random
@@ -191,6 +192,20 @@ def direct_io(folder):
             os.unlink(path)
 
 
+def guest_module():
+    """scripts/guest/vm.py, to boot the template with; Skip if it is not in the cache and GUEST is not 1."""
+    wanted = os.environ.get("GUEST")
+    if wanted == "0":
+        raise Skip("GUEST=0")
+    sys.path.insert(0, os.path.join(TOP, "scripts/guest"))
+    os.environ.setdefault("QEMU", os.path.join(BIN, "qemu-system-x86_64"))
+    os.environ.setdefault("QEMU_IMG", os.path.join(BIN, "qemu-img"))
+    import vm
+    if wanted != "1" and not os.environ.get("TEMPLATE") and not glob.glob(os.path.join(vm.cache_dir(), "template-*.raw")):
+        raise Skip("no template in the cache (GUEST=1 makes one)")
+    return vm
+
+
 def wait_for(condition, what, seconds=20):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -338,6 +353,35 @@ class Daemon:
             # The test fails because of this: say so instead of "QMP closed".
             raise Failure("qemu-storage-daemon ended with %s: %s\n(%s)" % (self.process.returncode, self.text(), error))
         return False
+
+
+class Loop:
+    """A loop device over a file of old bytes; grow() enlarges both."""
+
+    def __init__(self, path, size, *options):
+        if os.geteuid() != 0:
+            raise Skip("needs root (loop devices)")
+        self.file = path
+        with open(self.file, "wb") as f:
+            for at in range(0, size, MIB):
+                f.write(b"\xd7" * min(MIB, size - at))
+        done = subprocess.run(["losetup", "--show", "-f", *options, self.file], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            raise Skip("losetup: %s" % done.stderr.strip())
+        self.device = done.stdout.strip()
+
+    def grow(self, by):
+        with open(self.file, "ab") as f:
+            f.write(b"\xd7" * by)
+        subprocess.run(["losetup", "-c", self.device], check=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        subprocess.run(["losetup", "-d", self.device], check=False)
+        os.unlink(self.file)
 
 
 class NBDError(Exception):

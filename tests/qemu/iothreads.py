@@ -12,7 +12,6 @@ Environment: see common.py; SECONDS_BUSY (8) of writing per test; GUEST=0 skips 
 GUEST=1 makes the template if need be.
 """
 
-import glob
 import json
 import os
 import random
@@ -21,8 +20,8 @@ import threading
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from common import (BIN, KIB, MIB, NBD, SECTOR, TOP, Daemon, Failure, NBDError, Skip, Suite, check, check_clean,
-                    direct_io, img, run_json, read_stamp, stamps, wait_for)
+from common import (KIB, MIB, NBD, SECTOR, Daemon, Failure, NBDError, Skip, Suite, check, check_clean,
+                    direct_io, guest_module, img, run_json, read_stamp, stamps, wait_for)
 
 BUSY = float(os.environ.get("SECONDS_BUSY", "8"))
 suite = Suite("iothreads")
@@ -326,15 +325,7 @@ echo GUEST-FINE
 """
 
 with suite.test("guest, one virtio disk in two iothreads"):
-    wanted = os.environ.get("GUEST")
-    if wanted == "0":
-        raise Skip("GUEST=0")
-    sys.path.insert(0, os.path.join(TOP, "scripts/guest"))
-    os.environ.setdefault("QEMU", os.path.join(BIN, "qemu-system-x86_64"))
-    os.environ.setdefault("QEMU_IMG", os.path.join(BIN, "qemu-img"))
-    import vm as guest
-    if wanted != "1" and not os.environ.get("TEMPLATE") and not glob.glob(os.path.join(guest.cache_dir(), "template-*.raw")):
-        raise Skip("no template in the cache (GUEST=1 makes one)")
+    guest = guest_module()
     boot, data = suite.path("boot.img"), suite.path("data.img")
     size = 160 * MIB
     aio = "io_uring" if direct_io(suite.dir) else "threads"

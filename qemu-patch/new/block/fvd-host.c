@@ -464,6 +464,15 @@ static void fvd_host_log(void *opaque, uint32_t level, const char *text)
     }
 }
 
+static void fvd_host_low_space(void *opaque, uint64_t free, uint64_t wanted)
+{
+    FVDQueue *q = opaque;
+
+    if (q->engine->bs) {
+        fvd_space_low(q->engine->bs, free, wanted);
+    }
+}
+
 static const struct fvd_host_ops fvd_host_ops = {
     .struct_size    = sizeof(struct fvd_host_ops),
     .read           = fvd_host_read,
@@ -478,6 +487,7 @@ static const struct fvd_host_ops fvd_host_ops = {
     .now_ns         = fvd_host_now_ns,
     .set_timer      = fvd_host_set_timer,
     .log            = fvd_host_log,
+    .low_space      = fvd_host_low_space,
 };
 
 /* --- Queues and engines -------------------------------------------------- */
@@ -563,6 +573,7 @@ FVDEngine *fvd_engine_new(BlockDriverState *bs, const FVDOptions *options,
     }
     e->bs = bs;
     e->writable = !(flags & FVD_OPEN_RDONLY);
+    e->space_wait = options->space_wait;
     e->data_offset = UINT64_MAX;
     qemu_mutex_init(&e->lock);
     QLIST_INIT(&e->queues);
@@ -625,11 +636,14 @@ void fvd_pause(FVDEngine *e, bool paused)
 {
     FVDQueue *q;
 
-    QEMU_LOCK_GUARD(&e->lock);
-    e->paused = paused;
-    QLIST_FOREACH(q, &e->queues, next) {
-        fvd_arm_timer(q);
+    WITH_QEMU_LOCK_GUARD(&e->lock) {
+        e->paused = paused;
+        QLIST_FOREACH(q, &e->queues, next) {
+            fvd_arm_timer(q);
+        }
     }
+    /* A write that waited across a drain would hang it */
+    fvd_image_wait_for_space(e->image, e->space_wait && !paused);
 }
 
 /* What the library may expect of the node @bs as its file */

@@ -21,10 +21,14 @@
 #define FVD_OPT_CHUNK_SIZE          "chunk_size"
 #define FVD_OPT_STORAGE_GROW_UNIT   "storage_grow_unit"
 
+#define FVD_OPT_SPACE_HELPER        "space-helper"
+#define FVD_OPT_SPACE_WAIT          "space-wait"
+
 /* An image to be measured is kept up to here: what opening without I/O reads */
 #define FVD_MEASURE_HEAD            (256 * KiB)
 
 typedef struct FVDEngine FVDEngine;
+typedef struct FVDHelper FVDHelper;
 
 /*
  * The library's queue of one AioContext: all calls on @queue, and all its
@@ -52,6 +56,7 @@ struct FVDEngine {
 
     struct fvd_image *image;    /* thread-safe */
     bool writable;
+    bool space_wait;            /* writes wait for storage, if not drained */
     uint64_t data_offset;       /* where guest data begins; set when opened */
 
     QemuMutex lock;             /* never held across a call of the library */
@@ -65,6 +70,8 @@ typedef struct FVDOptions {
     uint64_t commit_interval_ms;
     uint64_t metadata_memory;
     bool discard_no_unref;
+    bool space_wait;
+    char **space_helper;        /* argv, owned; NULL: none */
 } FVDOptions;
 
 typedef struct BDRVFvdState {
@@ -84,6 +91,8 @@ typedef struct BDRVFvdState {
     QSLIST_HEAD(, FVDEngine) retired;
 
     FVDOptions options;         /* main loop */
+    FVDHelper *helper;          /* the helper that runs; main loop */
+    int64_t helper_pause_until; /* ms of QEMU_CLOCK_REALTIME; main loop */
     struct fvd_limits limits;   /* of bs->file; set at open */
     struct fvd_info info;       /* when there was an engine last; main loop */
     int64_t virtual_size;       /* atomic */
@@ -115,6 +124,13 @@ FVDEngine *coroutine_fn fvd_co_engine_open(BlockDriverState *bs,
 void fvd_pause(FVDEngine *e, bool paused);
 void GRAPH_RDLOCK fvd_file_limits(BlockDriverState *bs,
                                   struct fvd_limits *limits);
+
+/* fvd-space.c */
+
+int fvd_read_space_options(QDict *options, QemuOpts *opts, FVDOptions *out,
+                           Error **errp);
+void fvd_space_low(BlockDriverState *bs, uint64_t free, uint64_t wanted);
+void fvd_space_close(BlockDriverState *bs);
 
 /* fvd-create.c */
 

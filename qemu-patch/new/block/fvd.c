@@ -214,6 +214,12 @@ static QemuOptsList fvd_runtime_opts = {
             .type = QEMU_OPT_BOOL,
             .help = "Discarded chunks keep their place (default: off)",
         },
+        {
+            .name = FVD_OPT_SPACE_WAIT,
+            .type = QEMU_OPT_BOOL,
+            .help = "Writes that find no storage wait for space-helper "
+                    "(default: on if there is one)",
+        },
         { /* end of list */ }
     },
 };
@@ -222,6 +228,7 @@ static const char *const fvd_mutable_opts[] = {
     FVD_OPT_COMMIT_INTERVAL,
     FVD_OPT_METADATA_MEMORY,
     FVD_OPT_DISCARD_NO_UNREF,
+    FVD_OPT_SPACE_WAIT,
     NULL
 };
 
@@ -246,7 +253,7 @@ static int fvd_read_options(QDict *options, FVDOptions *out, Error **errp)
         .discard_no_unref = qemu_opt_get_bool(opts, FVD_OPT_DISCARD_NO_UNREF,
                                               false),
     };
-    ret = 0;
+    ret = fvd_read_space_options(options, opts, out, errp);
 out:
     qemu_opts_del(opts);
     return ret;
@@ -295,6 +302,8 @@ static int fvd_open(BlockDriverState *bs, QDict *options, int flags,
         return 0;
     }
 fail:
+    fvd_space_close(bs);
+    g_strfreev(s->options.space_helper);
     qemu_mutex_destroy(&s->lock);
     return ret;
 }
@@ -311,6 +320,8 @@ static void fvd_close(BlockDriverState *bs)
         error_reportf_err(local_err, "fvd: closing node '%s': ",
                           bdrv_get_node_name(bs));
     }
+    fvd_space_close(bs);
+    g_strfreev(s->options.space_helper);
     qemu_mutex_destroy(&s->lock);
 }
 
@@ -376,12 +387,14 @@ static int fvd_reopen_prepare(BDRVReopenState *state, BlockReopenQueue *queue,
                                     !(state->flags & BDRV_O_INACTIVE)) ||
             r->options.commit_interval_ms != s->options.commit_interval_ms ||
             r->options.metadata_memory != s->options.metadata_memory ||
-            r->options.discard_no_unref != s->options.discard_no_unref;
+            r->options.discard_no_unref != s->options.discard_no_unref ||
+            r->options.space_wait != s->options.space_wait;
     }
 
     state->opaque = r;
     return 0;
 fail:
+    g_strfreev(r->options.space_helper);
     g_free(r);
     return ret;
 }
@@ -391,6 +404,7 @@ static void fvd_reopen_commit(BDRVReopenState *state)
     BDRVFvdState *s = state->bs->opaque;
     FVDReopen *r = state->opaque;
 
+    g_strfreev(s->options.space_helper);
     s->options = r->options;
 }
 
@@ -414,6 +428,7 @@ static void fvd_reopen_abort(BDRVReopenState *state)
     if (r->made_read_only) {
         fvd_reopen_swap(state->bs, &s->options, state->bs->open_flags);
     }
+    g_strfreev(r->options.space_helper);
     g_free(r);
     state->opaque = NULL;
 }

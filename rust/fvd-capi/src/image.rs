@@ -264,15 +264,16 @@ pub unsafe extern "C" fn fvd_image_info(image: *mut fvd_image, out: *mut fvd_inf
     }))
 }
 
-/// The image's storage got longer, or somebody tried: writes that wait for
-/// storage look again, and low_space is called again if there is not enough.
+/// The answer to low_space. result 0: the storage got longer; writes that
+/// wait for storage look again, and low_space is called again if there is not
+/// enough. A negative errno: it could not; those that wait fail with -ENOSPC.
 /// From any thread, also from low_space.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn fvd_image_space_changed(image: *mut fvd_image) -> c_int {
+pub unsafe extern "C" fn fvd_image_space_changed(image: *mut fvd_image, result: c_int) -> c_int {
     answer(guard(|| {
         // SAFETY: the caller's promise.
         let inner = unsafe { get::<ImageInner>(image) }?;
-        guard_image(&inner.image, || inner.image.space_changed()).map_err(|text| Failure::new(libc::EIO, text))?;
+        guard_image(&inner.image, || inner.image.space_changed(result >= 0)).map_err(|text| Failure::new(libc::EIO, text))?;
         Ok(0)
     }))
 }

@@ -38,6 +38,8 @@ pub enum Fault {
     CleanWithoutCheckpoint,
     /// A write that waits for storage does not see what came while it looked.
     NewsMissed,
+    /// The host is told once that storage runs low, and never again.
+    ToldOnce,
     /// The host added storage, and nobody who waits for it is woken.
     NewsWakeNobody,
     /// A growth step makes the file longer than it is, also where what the file has behind the reach
@@ -187,7 +189,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 85] = [
+    pub const ALL: [Fault; 86] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -250,6 +252,7 @@ impl Fault {
         Self::StepNotZeroed,
         Self::StepBehindFile,
         Self::NewsMissed,
+        Self::ToldOnce,
         Self::NewsWakeNobody,
         Self::ReachForgotten,
         Self::EmptyFreesAtOnce,

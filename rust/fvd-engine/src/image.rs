@@ -163,6 +163,8 @@ pub struct Image {
     pub(crate) space_wait: WaitQueue,
     /// How often the host had news of its storage.
     pub(crate) space_news: AtomicU64,
+    /// How often that was that none comes.
+    pub(crate) space_refusals: AtomicU64,
     /// Writes that find no storage wait for news.
     pub(crate) wait_for_space: AtomicBool,
     /// Held by whatever changes size, base or regions.
@@ -180,6 +182,7 @@ impl Image {
         let map = Map { no_direct_writes: AtomicU32::new(u32::from(config.read_only)), ..Map::default() };
         Arc::new(Self {
             space_news: AtomicU64::new(0),
+            space_refusals: AtomicU64::new(0),
             wait_for_space: AtomicBool::new(config.wait_for_space),
             config,
             state: AtomicU8::new(State::New as u8),

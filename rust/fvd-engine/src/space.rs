@@ -161,9 +161,13 @@ impl Meta {
 }
 
 impl Image {
-    /// The host made its storage longer, or tried: whoever waits for storage looks again, and the host is
-    /// told again if that was not enough. From any thread.
-    pub fn space_changed(&self) {
+    /// The host made its storage longer: whoever waits for storage looks again, and the host is told
+    /// again if that was not enough. Or, with `grew` false, it could not: whoever waits fails with
+    /// `NoSpace`. From any thread.
+    pub fn space_changed(&self, grew: bool) {
+        if !grew {
+            self.space_refusals.fetch_add(1, Ordering::AcqRel);
+        }
         self.space_news.fetch_add(1, Ordering::AcqRel);
         if let Some(space) = &mut self.meta().space {
             space.stuck = false;
@@ -184,6 +188,11 @@ impl Image {
     /// How often the host had news of its storage.
     pub(crate) fn space_news(&self) -> u64 {
         self.space_news.load(Ordering::Acquire)
+    }
+
+    /// How often the host refused storage.
+    pub(crate) fn space_refusals(&self) -> u64 {
+        self.space_refusals.load(Ordering::Acquire)
     }
 
     /// Whether a write that finds no storage is to wait for some.
@@ -244,7 +253,7 @@ impl<H: Host> Queue<H> {
         loop {
             self.ensure_space().await?;
             // Before the look: news that come while it looks must not be missed.
-            let news = self.image().space_news();
+            let (news, refusals) = (self.image().space_news(), self.image().space_refusals());
             let taken = self.image().meta().space.as_mut().expect("looked for").take(most);
             match taken {
                 Some(taken) => {
@@ -252,7 +261,7 @@ impl<H: Host> Queue<H> {
                     return Ok(taken);
                 }
                 None => match self.supply(most).await {
-                    Err(error) if error.kind == Kind::NoSpace => self.wait_for_space(news, error).await?,
+                    Err(error) if error.kind == Kind::NoSpace => self.wait_for_space(news, refusals, error).await?,
                     result => result?,
                 },
             }
@@ -260,8 +269,8 @@ impl<H: Host> Queue<H> {
     }
 
     /// Waits until the host has news of its storage since `news`, or chunks become free. `error` if
-    /// nobody is to wait, or the host was not told what is missing.
-    async fn wait_for_space(self: &Rc<Self>, news: u64, error: Error) -> Result<()> {
+    /// nobody is to wait, the host refused since `refusals`, or was not told what is missing.
+    async fn wait_for_space(self: &Rc<Self>, news: u64, refusals: u64, error: Error) -> Result<()> {
         let image = self.image();
         let news = if faulty!(image, NewsMissed) { image.space_news() } else { news };
         let look = || {
@@ -273,10 +282,13 @@ impl<H: Host> Queue<H> {
                 }
                 space.told.is_some_and(|(_, then)| then >= news)
             };
-            if image.space_news() != news && image.waits_for_space() {
+            if !image.waits_for_space() || image.space_refusals() != refusals {
+                return Some(Err(error.clone()));
+            }
+            if image.space_news() != news {
                 return Some(Ok(()));
             }
-            (!told || !image.waits_for_space()).then(|| Err(error.clone()))
+            (!told).then(|| Err(error.clone()))
         };
         image.space_wait.until(look).await
     }
@@ -493,7 +505,8 @@ impl<H: Host> Queue<H> {
             let used = space.end - free;
             let free = free + header.chunks_below(length).saturating_sub(space.end);
             let missing = header.chunks().saturating_sub(used + free);
-            if space.told == Some((length, news)) || (missing == 0 && !needed) {
+            let known = space.told == Some((length, news)) || (space.told.is_some() && faulty!(image, ToldOnce));
+            if known || (missing == 0 && !needed) {
                 return;
             }
             space.told = Some((length, news));

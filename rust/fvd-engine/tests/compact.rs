@@ -326,12 +326,12 @@ fn a_write_waits_for_storage_and_nothing_else_does() {
 
     // Not enough: the host is told again, once.
     lengthen(&sim, 1);
-    sim.queue.image().space_changed();
+    sim.queue.image().space_changed(true);
     settle(&sim);
     assert!(sim.world.results.borrow().is_empty());
     assert_eq!(told(&sim).len(), 2);
     lengthen(&sim, 2);
-    sim.queue.image().space_changed();
+    sim.queue.image().space_changed(true);
     settle(&sim);
     let mut results = sim.world.results.take();
     results.sort_by_key(|r| r.0);
@@ -355,6 +355,11 @@ fn waiting_for_storage_ends_when_the_host_says_so_and_at_close() {
     begin(&sim, write_of(0, 3), 8);
     ended(8, Kind::NoSpace);
     sim.queue.image().set_wait_for_space(true);
+    begin(&sim, write_of(0, 3), 14);
+    assert!(sim.world.results.borrow().is_empty());
+    sim.queue.image().space_changed(false);
+    settle(&sim);
+    ended(14, Kind::NoSpace);
     // Storage that a discard frees does as well.
     begin(&sim, write_of(5, 1), 9);
     assert!(sim.world.results.borrow().is_empty());

@@ -605,25 +605,29 @@ impl World {
                 store.fill_pages(at, more, GARBAGE_BYTE);
             }
         }
-        self.image.space_changed();
+        self.image.space_changed(true);
     }
 
     /// The host does what it meant to do about its storage.
     fn supply(&self) {
-        let (what, grows) = {
+        let (what, grows, once) = {
             let mut inner = self.inner.borrow_mut();
             let (at, what) = inner.supply.take().expect("looked");
             inner.now = inner.now.max(at);
             let Answer { grows_by, refuses_percent, .. } = inner.setup.answer;
             let grows = what == Supply::Answer && grows_by > 0 && !inner.prng.chance(refuses_percent);
-            if what == Supply::Answer && !grows {
+            let refuses = what == Supply::Answer && !grows;
+            let once = refuses && inner.prng.chance(50);
+            if refuses && !once {
                 inner.supply = Some((inner.now + REFUSED_FOR, Supply::WaitAgain));
             }
-            inner.note(7, [what as u64, u64::from(grows), 0, 0], || format!("storage: {what:?}, grows {grows}"));
-            (what, grows)
+            inner.note(7, [what as u64, u64::from(grows), u64::from(once), 0], || format!("storage: {what:?}, grows {grows}, refuses once {once}"));
+            (what, grows, once)
         };
         if grows {
             self.add_storage();
+        } else if once {
+            self.image.space_changed(false);
         } else {
             let waits = what == Supply::WaitAgain && self.inner.borrow().setup.config.wait_for_space;
             self.image.set_wait_for_space(waits);
