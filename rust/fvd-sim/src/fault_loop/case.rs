@@ -12,7 +12,7 @@ use crate::options::BaseIs;
 use crate::plan::{Act, Step};
 use crate::prng::mix;
 use crate::run::{Run, Verdict, until_done};
-use crate::world::{FAILED_KINDS, Failures, RequestId, World};
+use crate::world::{FAILED_KINDS, Failures, Leaks, RequestId, World};
 use fvd_engine::faults::Fault;
 use fvd_engine::{Error, Kind, Request};
 use std::cell::RefCell;
@@ -278,6 +278,7 @@ impl Judge<'_> {
         self.run.bytes = world.cut(&Keep::Seeded(self.seed()));
         self.leave(world)?;
         self.run.unclean = false;
+        self.run.leaks = world.leaks();
         self.run.model().borrow_mut().oracle.flushed_all();
         Ok(true)
     }
@@ -298,6 +299,7 @@ impl Judge<'_> {
             model.borrow_mut().oracle.crash();
         }
         self.run.unclean = true;
+        self.run.leaks = Leaks { disturbed: true, ..world.leaks() };
         self.leave(world)
     }
 
@@ -359,6 +361,7 @@ impl Judge<'_> {
         self.ask(&world, Request::Create(Box::new(params)))?.map_err(|error| format!("creation fails again, though nothing fails any more: {error}"))?;
         self.run.bytes = world.cut(&Keep::Seeded(self.seed()));
         self.run.leave(&world)?;
+        self.run.leaks.disturbed = false;
         let header = self.run.try_header(0)?.map_err(|error| format!("an image just made does not open: {error}"))?;
         self.run.model = Some(Rc::new(RefCell::new(model(&self.run, &header))));
         self.run.verify(self.seed())

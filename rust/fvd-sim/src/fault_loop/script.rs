@@ -14,7 +14,7 @@ use crate::oracle::Oracle;
 use crate::plan::{Act, Cut, Plan, Step};
 use crate::run::{Run, Verdict, until_done};
 use crate::store::Store;
-use crate::world::{Answer, World};
+use crate::world::{Answer, Leaks, World};
 use fvd_engine::{Repair, Request};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FileId, Limits, OpKind};
@@ -153,6 +153,7 @@ pub struct Start {
     pub model: Option<Model>,
     cells: u64,
     tag: Tag,
+    leaks: Leaks,
 }
 
 /// What is done in a phase.
@@ -185,7 +186,7 @@ impl Phase {
     pub fn run(&self, fault: Option<Fault>, trace: bool) -> Run<'_> {
         let start = &self.start;
         let model = start.model.clone().map(|model| Rc::new(RefCell::new(model)));
-        Run { bytes: start.bytes.clone(), model, cells: start.cells, next_tag: start.tag, ..Run::new(&self.plan, fault, trace) }
+        Run { bytes: start.bytes.clone(), model, cells: start.cells, next_tag: start.tag, leaks: start.leaks, ..Run::new(&self.plan, fault, trace) }
     }
 }
 
@@ -338,6 +339,7 @@ fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
         until_done(&world, 0, submit(&world, Request::Close))?.expect("nothing cuts it").map_err(|error| error.to_string())?;
         run.bytes = world.cut(&Keep::Seeded(0));
         run.leave(&world)?;
+        run.leaks = world.leaks();
         model.borrow_mut().oracle.flushed_all();
     } else {
         let data = world.image().info().map_err(|error| error.to_string())?.header.data_offset;
@@ -353,7 +355,7 @@ fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
         run.power_cut(&world, &keep, &[])?;
     }
     let model = model.borrow().clone();
-    Ok(Start { bytes: run.bytes, model: Some(model), cells: run.cells, tag: guest.next_tag })
+    Ok(Start { bytes: run.bytes, model: Some(model), cells: run.cells, tag: guest.next_tag, leaks: run.leaks })
 }
 
 fn submit(world: &Rc<World>, request: Request<crate::memory::Buf>) -> Option<&'static Cut> {
@@ -380,8 +382,8 @@ fn created(empty: &Phase, fault: Option<Fault>) -> Verdict<Start> {
 pub fn phases(variant: &Variant, fault: Option<Fault>) -> Verdict<Vec<Phase>> {
     let known = plan(variant, BaseIs::Known, false);
     let phase = |name, plan: &Rc<Plan>, start: &Start, work, steps| Phase { name, plan: plan.clone(), start: start.clone(), work, steps };
-    let bytes = Run::new(&known, fault, false).bytes;
-    let none = Start { bytes, model: None, cells: CELLS, tag: FIRST_WRITE };
+    let Run { bytes, leaks, .. } = Run::new(&known, fault, false);
+    let none = Start { bytes, model: None, cells: CELLS, tag: FIRST_WRITE, leaks };
     let create = phase("create", &known, &none, Work::Create, &[]);
     let made = created(&create, fault)?;
     let writes = phase("write", &known, &made, Work::Session, WRITE);
