@@ -9,6 +9,8 @@ mod common;
 
 #[path = "bad_input/hostile.rs"]
 mod hostile;
+#[path = "bad_input/records.rs"]
+mod records;
 #[path = "bad_input/rot.rs"]
 mod rot;
 #[path = "bad_input/samples.rs"]

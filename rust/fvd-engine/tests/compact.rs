@@ -238,6 +238,95 @@ fn a_disk_that_outgrows_its_table_gets_a_larger_one() {
     sim.close();
 }
 
+/// A disk of 16 GiB has a table of 1 MiB, for which there is no room before the data.
+const LARGE: u64 = 16 << 30;
+
+fn length(sim: &Sim) -> u64 {
+    sim.world.disk.borrow().view.len
+}
+
+fn table(sim: &Sim) -> u64 {
+    sim.info().header.region(RegionKind::Table).unwrap().offset
+}
+
+#[test]
+fn a_larger_table_takes_freed_chunks_before_new_storage() {
+    let sim = Sim::new(compact(64 * MIB), None);
+    sim.write(0, vec![1; 40 * CHUNK as usize]);
+    sim.write(60 * MIB, vec![2; 4096]);
+    sim.flush();
+    discard(&sim, 0, 40 * CHUNK);
+    sim.flush();
+    let before = length(&sim);
+    assert_eq!(sim.ask(Request::Resize { size: LARGE, zeroed: true }), Ok(Reply::Done));
+    assert_eq!(length(&sim), before, "there was room");
+    assert!((sim.info().header.data_offset..before).contains(&table(&sim)));
+    same(&sim.read(60 * MIB, 4096), &[2; 4096], "old part");
+    // What is left of the freed chunks is data again, and the table is nobody's storage.
+    for i in 0..60 {
+        sim.write(i * CHUNK, vec![3; 512]);
+    }
+    same(&sim.read(512, CHUNK - 512), &vec![0; CHUNK as usize - 512], "no old bytes");
+    assert_eq!(mapped(&sim), 61);
+    let sim = Sim::open(&sim.close(), None);
+    assert_eq!(mapped(&sim), 61);
+    same(&sim.read(LARGE - 4096, 4096), &[0; 4096], "new part");
+    sim.close();
+}
+
+/// Nothing was ever written: the growth step for the table comes before the first session.
+#[test]
+fn what_a_larger_table_leaves_of_its_growth_step_is_used() {
+    let sim = Sim::new(compact(64 * MIB), None);
+    assert_eq!(sim.ask(Request::Resize { size: LARGE, zeroed: true }), Ok(Reply::Done));
+    let (steps, before) = (sim.stats().growth_steps, length(&sim));
+    assert!(steps > 0 && (sim.info().header.data_offset..before).contains(&table(&sim)));
+    // After a cut right now the disk has its new size, and nothing lies where the table does.
+    let image = sim.crash();
+    let sim = Sim::open(&image, None);
+    assert_eq!((sim.info().header.virtual_size, mapped(&sim)), (LARGE, 0));
+    for i in 0..8 {
+        sim.write(i * CHUNK, vec![4; CHUNK as usize]);
+    }
+    assert_eq!(length(&sim), before, "there was room for eight chunks");
+    assert_eq!(mapped(&sim), 8);
+    let sim = Sim::open(&sim.close(), None);
+    same(&sim.read(0, 8 * CHUNK), &vec![4; 8 * CHUNK as usize], "opened again");
+    sim.close();
+}
+
+#[test]
+fn without_room_for_a_larger_table_the_disk_keeps_its_size_and_its_room() {
+    let fixed = Limits { grows_zeroed: false, ..limits(512) };
+    let mut storage = Store::default();
+    storage.write(0, &vec![0xa5; 4 * MIB as usize]);
+    let params = CreateParams { journal_size: MIB, ..compact(64 * CHUNK) };
+    let storage = create_in(storage, params, None, fixed).unwrap();
+    let fill = |sim: &Sim| {
+        let mut written = 0;
+        while sim.ask(Request::Write { offset: written * CHUNK, buf: Buf::new(vec![1 + written as u8; 4096]), fua: false }).is_ok() {
+            written += 1;
+        }
+        written
+    };
+    let room = fill(&Sim::try_open(&storage, None, fixed, Config::default()).unwrap());
+    assert!(room > 2 && room < 64);
+    for written in [false, true] {
+        let sim = Sim::try_open(&storage, None, fixed, Config::default()).unwrap();
+        if written {
+            sim.write(0, vec![1; 4096]);
+        }
+        let error = sim.ask(Request::Resize { size: 4 * LARGE, zeroed: true }).unwrap_err();
+        // The first write made all there is a run to write to.
+        assert!(error.kind == Kind::NoSpace && error.text.contains(if written { "is free" } else { "in a row" }), "{error}");
+        assert_eq!(sim.info().header.virtual_size, 64 * CHUNK);
+        // All that was there before is still there to write to.
+        assert_eq!(fill(&sim), room);
+        assert_eq!(mapped(&sim), room);
+        sim.close();
+    }
+}
+
 #[test]
 fn preallocated_chunks_have_their_place_and_read_zero() {
     for how in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {

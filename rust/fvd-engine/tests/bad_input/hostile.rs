@@ -190,7 +190,7 @@ fn regions_out_of_range_are_refused() {
 }
 
 /// Appends a commit with `payload` to the cut image's journal.
-fn with_commit(sample: &Sample, payload: &[u8]) -> Store {
+pub fn with_commit(sample: &Sample, payload: &[u8]) -> Store {
     let header = &sample.header;
     let region = *header.region(RegionKind::Journal).unwrap();
     let mut all = vec![0; region.length as usize];
@@ -207,7 +207,7 @@ fn with_commit(sample: &Sample, payload: &[u8]) -> Store {
     bytes
 }
 
-fn head(kind: u8, flag: u8, region: u16, count: u32, first: u64) -> Vec<u8> {
+pub fn head(kind: u8, flag: u8, region: u16, count: u32, first: u64) -> Vec<u8> {
     let mut out = vec![kind, flag];
     out.extend_from_slice(&region.to_le_bytes());
     out.extend_from_slice(&count.to_le_bytes());

@@ -4,7 +4,7 @@
 use crate::common::sim::*;
 use crate::common::*;
 use fvd_engine::{CheckReport, Config, Kind, Repair, Reply, Request};
-use fvd_format::RegionKind;
+use fvd_format::{Header, RegionKind};
 use fvd_format::header::HEADER_OFFSETS;
 
 const BLOCK: u64 = 4096;
@@ -95,4 +95,88 @@ fn space_behind_the_end_is_given_back() {
     let sim = Sim::open(&repaired, Some(base()));
     assert_eq!(sim.read(5 * BLOCK, 4096), vec![0xbb; 4096]);
     sim.close();
+}
+
+/// A change that the engine did not make, there to stay.
+fn behind_its_back(sim: &Sim, change: impl Fn(&mut Store)) {
+    let disk = &mut *sim.world.disk.borrow_mut();
+    change(&mut disk.view);
+    change(&mut disk.stable);
+}
+
+/// Whatever a header copy has become under an open image: another of the same number, the one of the session before,
+/// or none.
+#[test]
+fn a_header_copy_that_changed_under_an_open_image_is_written_again() {
+    let (bytes, _) = written();
+    for copy in [1, 2] {
+        let place = HEADER_OFFSETS[copy - 1];
+        for what in ["differs", "generation", "checksum"] {
+            let sim = open(&bytes);
+            sim.write(7 * BLOCK, vec![0xdd; 4096]);
+            sim.flush();
+            let header = sim.info().header;
+            let page = match what {
+                "differs" => Header { last_checkpoint: header.last_checkpoint + 1, ..header }.encode(copy),
+                "generation" => {
+                    let mut old = vec![0; 4096];
+                    bytes.read(place, &mut old);
+                    old
+                }
+                _ => vec![0x55; 4096],
+            };
+            behind_its_back(&sim, |store| store.write(place, &page));
+            let found = ask(&sim, Repair::None);
+            assert_eq!((found.corruptions, found.corruptions_fixed), (1, 0), "{:?}", found.findings);
+            assert!(found.findings[0].contains(what) && found.findings[0].contains(&format!("copy {copy}")), "{:?}", found.findings);
+            assert_eq!(ask(&sim, Repair::Leaks).corruptions, 1, "space is all that may be touched");
+            let report = ask(&sim, Repair::All);
+            assert_eq!((report.corruptions, report.corruptions_fixed, report.lost_bytes), (0, 1, 0), "{:?}", report.findings);
+            // What counts is on the disk again, stable.
+            let sim = Sim::open(&sim.crash(), Some(base()));
+            assert_eq!(sim.check(), (0, Vec::new()));
+            assert_eq!(sim.read(7 * BLOCK, 4096), vec![0xdd; 4096]);
+            sim.close();
+        }
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_under_an_open_image_is_told() {
+    let (bytes, _) = written();
+    let sim = open(&bytes);
+    behind_its_back(&sim, |store| store.resize(bytes.len - MIB));
+    let (corruptions, findings) = sim.check();
+    assert!(corruptions == 1 && findings[0].contains("what lay behind is lost"), "{findings:?}");
+    // Nobody can bring it back.
+    assert_eq!(ask(&sim, Repair::All).corruptions, 1);
+    sim.close();
+}
+
+#[test]
+fn space_that_the_host_does_not_take_back_is_told_and_given_back_later() {
+    let (mut bytes, _) = written();
+    let length = bytes.len;
+    bytes.resize(length + 3 * MIB);
+    let mut refused = 0;
+    for number in 0.. {
+        let sim = open(&bytes);
+        let at = sim.world.ops.get() + number;
+        *sim.world.plan.borrow_mut() = Plan { fail_at: Some(at), errno: EIO, ..Plan::default() };
+        let answer = sim.ask(Request::Check { repair: Repair::Leaks });
+        let over = sim.world.ops.get() <= at;
+        if let Ok(Reply::Check(report)) = answer
+            && !over
+        {
+            refused += 1;
+            assert_eq!((report.leaked, report.leaked_fixed), (3 * MIB, 0), "operation {number}");
+            assert!(report.findings.iter().any(|text| text.contains("cannot be cut")), "{:?}", report.findings);
+            assert_eq!(ask(&sim, Repair::Leaks).leaked_fixed, 3 * MIB);
+            assert_eq!(sim.close().len, length);
+        }
+        if over {
+            break;
+        }
+    }
+    assert_eq!(refused, 1, "of all operations only the one that cuts the file may fail without an error");
 }
