@@ -44,7 +44,7 @@ cargo llvm-cov report --json --output-path "$json" >&2
 python3 -B - "$json" <<'END'
 import json, sys
 
-engine = "recovery commit checkpoint header_update create resize relayout layout open bits bits_load"
+engine = "recovery replayed commit changes checkpoint header_update create resize relayout layout open bits bits_load space table check repair"
 codec = "journal journal/scan page double_write header"
 must = [f"fvd-engine/src/{name}.rs" for name in engine.split()] + [f"fvd-format/src/{name}.rs" for name in codec.split()]
 
