@@ -296,6 +296,27 @@ fn what_a_larger_table_leaves_of_its_growth_step_is_used() {
 }
 
 #[test]
+fn chunks_of_a_table_that_was_outgrown_become_data() {
+    let sim = Sim::new(compact(64 * MIB), None);
+    assert_eq!(sim.ask(Request::Resize { size: LARGE, zeroed: true }), Ok(Reply::Done));
+    let old = *sim.info().header.region(RegionKind::Table).unwrap();
+    assert!(old.offset >= sim.info().header.data_offset);
+    assert_eq!(sim.ask(Request::Resize { size: 4 * LARGE, zeroed: true }), Ok(Reply::Done));
+    assert_ne!(table(&sim), old.offset);
+    let reused = (0..60).filter(|i| {
+        sim.write(i * CHUNK, vec![5; 4096]);
+        (old.offset..old.end()).contains(&place(&sim, i * CHUNK).unwrap())
+    });
+    assert_eq!(reused.count() as u64, old.length.div_ceil(CHUNK), "before new storage");
+    same(&sim.read(4096, CHUNK - 4096), &vec![0; CHUNK as usize - 4096], "nothing of the old table");
+    assert_eq!(mapped(&sim), 60);
+    let sim = Sim::open(&sim.close(), None);
+    same(&sim.read(59 * CHUNK, 4096), &[5; 4096], "opened again");
+    assert_eq!(mapped(&sim), 60);
+    sim.close();
+}
+
+#[test]
 fn without_room_for_a_larger_table_the_disk_keeps_its_size_and_its_room() {
     let fixed = Limits { grows_zeroed: false, ..limits(512) };
     let mut storage = Store::default();
