@@ -303,7 +303,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PAGES: u64 = 7;
+    const PAGES: u64 = if cfg!(miri) { 2 } else { 7 };
 
     proptest! {
         /// Against a plain array.

@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn any_flipped_bit_is_found() {
         let (_, page) = sample();
-        for bit in 0..PAGE_SIZE * 8 {
+        for bit in (0..PAGE_SIZE * 8).step_by(if cfg!(miri) { 4801 } else { 1 }) {
             let mut rotten = page.clone();
             rotten[bit / 8] ^= 1 << (bit % 8);
             assert!(open(&[5; 16], RegionKind::Bitmap, 3, 9, &rotten).is_err(), "bit {bit}");

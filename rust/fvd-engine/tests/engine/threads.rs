@@ -218,9 +218,12 @@ fn halves(align: u32, laps: u64) {
         let expect = last + (i % 2) as u8 + 1;
         assert!(half.iter().all(|&b| b == expect), "half {i} is {} instead of {expect}", half[0]);
     }
-    match opener.ask(Request::Check { repair: fvd_engine::Repair::None }) {
-        Reply::Check(report) => assert_eq!(report.corruptions, 0, "{:?}", report.findings),
-        other => panic!("{other:?}"),
+    // Not under Miri: a check makes use of bitvec, which keeps a bit's number in a reference to nothing.
+    if !cfg!(miri) {
+        match opener.ask(Request::Check { repair: fvd_engine::Repair::None }) {
+            Reply::Check(report) => assert_eq!(report.corruptions, 0, "{:?}", report.findings),
+            other => panic!("{other:?}"),
+        }
     }
     opener.ask(Request::Close);
     // And the file says the same.

@@ -50,7 +50,7 @@ fn round_trip() {
 #[test]
 fn any_flipped_bit_is_found() {
     let page = sample().encode(1);
-    for bit in 0..PAGE_SIZE * 8 {
+    for bit in (0..PAGE_SIZE * 8).step_by(if cfg!(miri) { 4801 } else { 1 }) {
         let mut rotten = page.clone();
         rotten[bit / 8] ^= 1 << (bit % 8);
         assert!(Header::decode(&[9; 16], 1, &rotten).is_err(), "bit {bit}");

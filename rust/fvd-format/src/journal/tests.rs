@@ -81,7 +81,7 @@ fn fillers_pad_to_the_granule() {
 fn any_flipped_bit_of_a_unit_is_found() {
     let unit = encode_commit(&UUID, CommitId { epoch: 1, seq: 5, commit: 1 }, b"payload", PAGE_SIZE);
     assert!(decode_unit(&UUID, &unit).is_some());
-    for bit in 0..PAGE_SIZE * 8 {
+    for bit in (0..PAGE_SIZE * 8).step_by(if cfg!(miri) { 4801 } else { 1 }) {
         let mut rotten = unit.clone();
         rotten[bit / 8] ^= 1 << (bit % 8);
         assert!(decode_unit(&UUID, &rotten).is_none(), "bit {bit}");
@@ -143,7 +143,7 @@ fn a_scan_unit_by_unit_finds_what_the_rules_say() {
         (state >> 11) % n
     };
     let mut seen = [0; 4];
-    for _ in 0..3000 {
+    for _ in 0..if cfg!(miri) { 10 } else { 3000 } {
         let total = 2 + below(14);
         let from = CommitId { epoch: 7, seq: below(40), commit: below(3) };
         let mut journal = vec![0; total as usize * PAGE_SIZE];
@@ -174,5 +174,5 @@ fn a_scan_unit_by_unit_finds_what_the_rules_say() {
         seen[found.commits.len().min(3)] += 1;
         seen[3] += u32::from(found.damaged);
     }
-    assert!(seen.iter().all(|&n| n > 100), "{seen:?}");
+    assert!(cfg!(miri) || seen.iter().all(|&n| n > 100), "{seen:?}");
 }
