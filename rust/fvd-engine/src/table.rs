@@ -96,4 +96,18 @@ mod tests {
         table.set_entry(5, 0);
         assert_eq!((table.entry(4), table.entry(5), table.entry(6)), (11, 0, 13));
     }
+
+    #[test]
+    fn runs_stop_before_bad_pages() {
+        let end = 3 * PAYLOAD_ENTRIES;
+        let table = Bits::new(end * ENTRY_BITS);
+        table.insert(0, Segment::initial());
+        assert_eq!(table.entry_run(3, end), EntryRun::Free { count: end - 3 });
+        table.segment(0).unwrap().mark_bad(1);
+        assert_eq!(table.entry_run(3, end), EntryRun::Free { count: PAYLOAD_ENTRIES - 3 });
+        assert_eq!(table.entry_run(3, 9), EntryRun::Free { count: 6 });
+        assert_eq!(table.entry_run(PAYLOAD_ENTRIES, end), EntryRun::Bad);
+        assert_eq!(table.entry_run(2 * PAYLOAD_ENTRIES - 1, end), EntryRun::Bad);
+        assert_eq!(table.entry_run(2 * PAYLOAD_ENTRIES, end), EntryRun::Free { count: PAYLOAD_ENTRIES });
+    }
 }

@@ -249,6 +249,32 @@ fn table(sim: &Sim) -> u64 {
     sim.info().header.region(RegionKind::Table).unwrap().offset
 }
 
+/// The first allocation of a session reads the table; what comes meanwhile waits for that.
+#[test]
+fn first_changes_at_once_look_for_free_chunks_once() {
+    let sim = Sim::new(compact(LARGE), None);
+    for i in 0..4 {
+        sim.write(i * (LARGE / 4), vec![1 + i as u8; 4096]);
+    }
+    let sim = Sim::open(&sim.close(), None);
+    for i in 1..5 {
+        sim.queue.submit(Request::Write { offset: i * CHUNK, buf: Buf::new(vec![10 + i as u8; 4096]), fua: false }, i);
+    }
+    sim.queue.submit(Request::Discard { offset: LARGE / 2, len: CHUNK }, 5);
+    sim.world.drain(&sim.queue);
+    let results = sim.world.results.take();
+    assert!(results.len() == 5 && results.iter().all(|(_, result)| result.is_ok()), "{results:?}");
+    let places: std::collections::BTreeSet<_> = (0..5).map(|i| place(&sim, i * CHUNK).unwrap()).collect();
+    assert_eq!((places.len(), mapped(&sim)), (5, 7));
+    let sim = Sim::open(&sim.close(), None);
+    for i in 0..4 {
+        let there = if i == 2 { 0 } else { 1 + i as u8 };
+        same(&sim.read(i * (LARGE / 4), 4096), &[there; 4096], "what was there");
+        same(&sim.read((i + 1) * CHUNK, 4096), &[11 + i as u8; 4096], "what came at once");
+    }
+    sim.close();
+}
+
 #[test]
 fn a_larger_table_takes_freed_chunks_before_new_storage() {
     let sim = Sim::new(compact(64 * MIB), None);
