@@ -117,6 +117,39 @@ fn a_wrong_field_is_named() {
     }
 }
 
+/// The same image with chunks.
+fn compact_sample() -> Header {
+    let mut header = sample();
+    (header.incompatible, header.chunk_size, header.storage_grow_unit, header.reach) = (incompatible::COMPACT, 1 << 16, 1 << 20, header.data_offset);
+    let bitmap = header.region(RegionKind::Bitmap).unwrap().pages();
+    let length = header.chunks().div_ceil(PAYLOAD_ENTRIES) * PAGE_SIZE as u64;
+    *header.region_mut(RegionKind::Table) = Some(Region { offset: 24 << 20, length, generation: 1, map_first: bitmap, count_sum: 0 });
+    header
+}
+
+#[test]
+fn a_wrong_field_of_a_compact_image_is_named() {
+    let good = compact_sample();
+    assert_eq!(Header::decode(&good.uuid, 1, &good.encode(1)).unwrap(), good);
+    let cases: Vec<(&str, Box<dyn Fn(&mut Header)>)> = vec![
+        ("chunk size", Box::new(|h| h.chunk_size = 3 << 16)),
+        ("chunk size", Box::new(|h| h.chunk_size = 1 << 15)),
+        ("chunk size", Box::new(|h| h.incompatible = 0)),
+        ("virtual size", Box::new(|h| h.virtual_size = (CHUNKS_MAX + 1) << 16)),
+        ("storage grow unit", Box::new(|h| h.storage_grow_unit = 0)),
+        ("storage grow unit", Box::new(|h| h.storage_grow_unit += 512)),
+        ("storage grow unit", Box::new(|h| h.storage_grow_unit = 1 << 63)),
+        ("lookup table", Box::new(|h| h.region_mut(RegionKind::Table).as_mut().unwrap().length -= 4096)),
+        ("lookup table", Box::new(|h| *h.region_mut(RegionKind::Table) = None)),
+    ];
+    for (field, spoil) in cases {
+        let mut header = compact_sample();
+        spoil(&mut header);
+        let error = Header::decode(&header.uuid, 1, &header.encode(1)).expect_err(field);
+        assert_eq!(error.field, field, "{error}");
+    }
+}
+
 #[test]
 fn page_zero_says_what_it_is_not() {
     let mut page = PageZero { uuid: [1; 16] }.encode();
