@@ -637,3 +637,26 @@ fn a_disk_grown_before_its_first_write_reads_zero_behind() {
     same(&sim.read(0, 2 * MIB), &expect, "written");
     sim.close();
 }
+
+/// Where zeroing is dear, a disk grows without it if nobody asks: what is behind then is anything, as on the storage.
+#[test]
+fn growth_is_zeroed_at_a_price_only_if_asked_for() {
+    let dear = Limits { grows_zeroed: false, cheap_zeroing: false, ..limits(512) };
+    let mut storage = Store::default();
+    storage.write(0, &vec![0xa5; 8 * MIB as usize]);
+    let storage = create_in(storage, pristine(MIB), None, dear).unwrap();
+    let sim = Sim::try_open(&storage, None, dear, Config::default()).unwrap();
+    sim.write(MIB - 4096, vec![1; 4096]);
+    let zeroed = |sim: &Sim| sim.world.trace.take().iter().filter(|op| matches!(op.kind, OpKind::WriteZeroes { .. })).map(|op| op.len).sum::<u64>();
+    zeroed(&sim);
+    assert_eq!(sim.ask(Request::Resize { size: 2 * MIB, zeroed: false }), Ok(Reply::Done));
+    assert_eq!((sim.info().header.virtual_size, zeroed(&sim)), (2 * MIB, 0));
+    assert_eq!(sim.ask(Request::Resize { size: 3 * MIB, zeroed: true }), Ok(Reply::Done));
+    assert_eq!((sim.info().header.virtual_size, zeroed(&sim)), (3 * MIB, MIB));
+    sim.write(2 * MIB - 4096, vec![2; 4096]);
+    let sim = Sim::try_open(&sim.close(), None, dear, Config::default()).unwrap();
+    same(&sim.read(MIB - 4096, 4096), &[1; 4096], "what was there");
+    same(&sim.read(2 * MIB - 4096, 4096), &[2; 4096], "what was written behind");
+    same(&sim.read(2 * MIB, MIB), &vec![0; MIB as usize], "what was asked for");
+    sim.close();
+}
