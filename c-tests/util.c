@@ -180,7 +180,7 @@ static int64_t do_op_locked(struct mem_host *host, const struct op *op)
         host->fail_after--;
     }
     if (!f->there) {
-        return op->file == FVD_FILE_BASE ? -ENOMEDIUM : -EBADF;
+        return op->file == FVD_FILE_IMAGE ? -EBADF : -ENOMEDIUM;
     }
     switch (op->kind) {
     case READ:
@@ -371,7 +371,7 @@ struct fvd_image *image_new(struct mem_host *host, uint32_t flags)
 {
     struct fvd_config config = { .struct_size = sizeof(config), .flags = flags };
     struct fvd_image *image = NULL;
-    config.limits[FVD_FILE_IMAGE] = host->limits;
+    config.limits[FVD_FILE_IMAGE] = config.limits[FVD_FILE_DATA] = host->limits;
     CHECK_EQ(fvd_image_new(&host->callbacks, &config, &image), 0);
     CHECK(image);
     return image;

@@ -83,6 +83,17 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_FILE_ALLOW_BASE 64
 
 /**
+ * fvd_file_options: open the data file that the header names.
+ */
+#define FVD_FILE_ALLOW_DATA 128
+
+/**
+ * The data file may be missing or too short: fvd_image_info, block status and
+ * a check without repair answer, everything else fails. Read-only.
+ */
+#define FVD_OPEN_METADATA 256
+
+/**
  * Durable on completion.
  */
 #define FVD_REQ_FUA 1
@@ -286,6 +297,16 @@ struct fvd_create {
      * chunk size; 0: 64 MiB.
      */
     uint64_t storage_grow_unit;
+    /**
+     * Path of the data file as it will stand in the image, UTF-8; NULL or
+     * empty: guest data lies in the image file. What FVD_FILE_DATA holds is
+     * lost.
+     */
+    const char *data_name;
+    /**
+     * Format of the data file: "raw"; mandatory with data_name.
+     */
+    const char *data_format;
 };
 
 /**
@@ -297,7 +318,8 @@ struct fvd_file_options {
      */
     size_t struct_size;
     /**
-     * FVD_OPEN_*, FVD_FILE_DIRECT, FVD_FILE_NO_LOCK, FVD_FILE_ALLOW_BASE
+     * FVD_OPEN_*, FVD_FILE_DIRECT, FVD_FILE_NO_LOCK, FVD_FILE_ALLOW_BASE,
+     * FVD_FILE_ALLOW_DATA
      */
     uint32_t flags;
     /**
@@ -388,8 +410,8 @@ struct fvd_host_ops {
      */
     void (*truncate)(void *queue_opaque, uint64_t token, uint32_t file, uint64_t length);
     /**
-     * ret: the file's length in bytes. Of the base where there is none:
-     * -ENOMEDIUM.
+     * ret: the file's length in bytes. Of the base, or the data file, where
+     * there is none: -ENOMEDIUM.
      */
     void (*get_length)(void *queue_opaque, uint64_t token, uint32_t file);
     /**
@@ -551,7 +573,7 @@ struct fvd_info {
      */
     uint64_t covered;
     /**
-     * Where guest data starts in the file.
+     * Where guest data starts, in the file that holds it.
      */
     uint64_t data_offset;
     /**
@@ -635,6 +657,15 @@ struct fvd_info {
      * Compact: chunks of the disk.
      */
     uint64_t chunks;
+    /**
+     * Path of the data file, which the caller opens if it likes; empty: guest
+     * data lies in the image file.
+     */
+    char data_name[1024];
+    /**
+     * Format of the data file.
+     */
+    char data_format[32];
 };
 
 /**
@@ -698,7 +729,7 @@ struct fvd_check {
      */
     uint64_t corruptions;
     /**
-     * Bytes at the end of the file that nothing uses, and are left.
+     * Bytes at the end of the files that nothing uses, and are left.
      */
     uint64_t leaked;
     /**
@@ -710,7 +741,7 @@ struct fvd_check {
      */
     uint64_t blocks_present;
     /**
-     * One past the last byte in use.
+     * One past the last byte of the image file in use.
      */
     uint64_t image_end;
     /**
@@ -754,7 +785,8 @@ const char *fvd_error(void);
 /**
  * Makes an image at path; what is there is overwritten unless it is in use.
  * The base named in params is opened with FVD_FILE_ALLOW_BASE, otherwise only
- * its name is recorded. options NULL: the defaults. Returns when done.
+ * its name is recorded. The data file named in params, relative to path, is
+ * made, or overwritten. options NULL: the defaults. Returns when done.
  */
 int fvd_file_create(const char *path,
                     const struct fvd_create *params,
@@ -763,7 +795,10 @@ int fvd_file_create(const char *path,
 /**
  * Opens the image at path, with QEMU's locks unless FVD_FILE_NO_LOCK. The
  * base that the image names is opened with FVD_FILE_ALLOW_BASE only; without
- * it what is not in the image reads as zero. options NULL: the defaults.
+ * it what is not in the image reads as zero. The data file that the image
+ * names is opened with FVD_FILE_ALLOW_DATA only, by a path relative to the
+ * image's; without it an image that has one does not open, unless it is opened
+ * with FVD_OPEN_NO_IO or FVD_OPEN_METADATA. options NULL: the defaults.
  */
 int fvd_file_open(const char *path, const struct fvd_file_options *options, struct fvd_file **out);
 
@@ -910,8 +945,8 @@ void fvd_queue_timer(struct fvd_queue *queue);
 void fvd_complete(struct fvd_queue *queue, uint64_t token, int64_t ret);
 
 /**
- * Makes a new image in the image file; the handle stays unopened. params is
- * copied.
+ * Makes a new image in the image file, and the data file if it is to have one;
+ * the handle stays unopened. params is copied.
  */
 void fvd_submit_create(struct fvd_queue *queue,
                        const struct fvd_create *params,

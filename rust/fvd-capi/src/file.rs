@@ -154,14 +154,16 @@ unsafe extern "C" fn answered(opaque: *mut c_void, ret: i64, error: *const c_cha
 }
 
 fn options_of(options: &fvd_file_options) -> Result<Options> {
-    let known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE;
+    let known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE | FVD_OPEN_METADATA | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE | FVD_FILE_ALLOW_DATA;
     check_flags(options.flags, known, "struct fvd_file_options")?;
     let has = |flag| options.flags & flag != 0;
     Ok(Options {
-        read_only: has(FVD_OPEN_RDONLY | FVD_OPEN_NO_IO),
+        read_only: has(FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_METADATA),
+        metadata_only: has(FVD_OPEN_METADATA),
         direct: has(FVD_FILE_DIRECT),
         no_lock: has(FVD_FILE_NO_LOCK),
         allow_base: has(FVD_FILE_ALLOW_BASE),
+        allow_data: has(FVD_FILE_ALLOW_DATA),
         depth_max: options.depth,
         metadata_memory: options.metadata_memory,
         ..Options::default()
@@ -186,7 +188,8 @@ unsafe fn arguments<'a>(path: *const c_char, options: *const fvd_file_options) -
 
 /// Makes an image at path; what is there is overwritten unless it is in use.
 /// The base named in params is opened with FVD_FILE_ALLOW_BASE, otherwise only
-/// its name is recorded. options NULL: the defaults. Returns when done.
+/// its name is recorded. The data file named in params, relative to path, is
+/// made, or overwritten. options NULL: the defaults. Returns when done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fvd_file_create(path: *const c_char, params: *const fvd_create, options: *const fvd_file_options) -> c_int {
     answer(guard(|| {
@@ -203,7 +206,10 @@ pub unsafe extern "C" fn fvd_file_create(path: *const c_char, params: *const fvd
 
 /// Opens the image at path, with QEMU's locks unless FVD_FILE_NO_LOCK. The
 /// base that the image names is opened with FVD_FILE_ALLOW_BASE only; without
-/// it what is not in the image reads as zero. options NULL: the defaults.
+/// it what is not in the image reads as zero. The data file that the image
+/// names is opened with FVD_FILE_ALLOW_DATA only, by a path relative to the
+/// image's; without it an image that has one does not open, unless it is opened
+/// with FVD_OPEN_NO_IO or FVD_OPEN_METADATA. options NULL: the defaults.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fvd_file_open(path: *const c_char, options: *const fvd_file_options, out: *mut *mut fvd_file) -> c_int {
     answer(guard(|| {

@@ -117,7 +117,7 @@ pub(crate) fn set_options(config: &mut Config, commit_interval_ms: u64, metadata
 }
 
 fn config_of(config: &fvd_config) -> Result<Config> {
-    check_flags(config.flags, FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE, "struct fvd_config")?;
+    check_flags(config.flags, FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE | FVD_OPEN_METADATA, "struct fvd_config")?;
     if config.reserved != 0 {
         return Err(Failure::invalid("struct fvd_config: reserved is not 0"));
     }
@@ -126,6 +126,7 @@ fn config_of(config: &fvd_config) -> Result<Config> {
         limits: [limits_of(image)?, limits_of(data)?, limits_of(base)?],
         read_only: config.flags & FVD_OPEN_RDONLY != 0,
         no_io: config.flags & FVD_OPEN_NO_IO != 0,
+        metadata_only: config.flags & FVD_OPEN_METADATA != 0,
         discard_no_unref: config.flags & FVD_OPEN_DISCARD_NO_UNREF != 0,
         wait_for_space: config.flags & FVD_OPEN_WAIT_FOR_SPACE != 0,
         ..Config::default()
@@ -244,9 +245,13 @@ fn info_of(info: &Info, poisoned: bool) -> fvd_info {
         storage_grow_unit: header.storage_grow_unit,
         reach: header.reach,
         chunks: if header.is_compact() { header.chunks() } else { 0 },
+        data_name: [0; 1024],
+        data_format: [0; 32],
     };
     put_string(&mut out.base_name, &header.base_name);
     put_string(&mut out.base_format, &header.base_format);
+    put_string(&mut out.data_name, &header.data_name);
+    put_string(&mut out.data_format, &header.data_format);
     out
 }
 

@@ -201,12 +201,16 @@ pub(crate) unsafe fn create_params(params: *const fvd_create) -> Result<CreatePa
     check_flags(params.flags, FVD_CREATE_COMPACT, "struct fvd_create")?;
     // SAFETY: the caller's promise.
     let (base_name, base_format) = unsafe { (string(params.base_name, "base_name")?, string(params.base_format, "base_format")?) };
+    // SAFETY: the caller's promise.
+    let (data_name, data_format) = unsafe { (string(params.data_name, "data_name")?, string(params.data_format, "data_format")?) };
     Ok(CreateParams {
         virtual_size: (params.virtual_size != u64::MAX).then_some(params.virtual_size),
         block_size: params.block_size,
         journal_size: params.journal_size,
         base_name,
         base_format,
+        data_name,
+        data_format,
         detect_sparse_hole: params.detect_sparse_hole,
         preallocation,
         compact: params.flags & FVD_CREATE_COMPACT != 0,
@@ -215,8 +219,8 @@ pub(crate) unsafe fn create_params(params: *const fvd_create) -> Result<CreatePa
     })
 }
 
-/// Makes a new image in the image file; the handle stays unopened. params is
-/// copied.
+/// Makes a new image in the image file, and the data file if it is to have one;
+/// the handle stays unopened. params is copied.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fvd_submit_create(queue: *mut fvd_queue, params: *const fvd_create, done: fvd_done_fn, opaque: *mut c_void) {
     // SAFETY: the caller's promises, as the header states them; so below.

@@ -26,6 +26,11 @@ pub const FVD_FILE_DIRECT: u32 = 16;
 pub const FVD_FILE_NO_LOCK: u32 = 32;
 /// fvd_file_options: open the base that the header names.
 pub const FVD_FILE_ALLOW_BASE: u32 = 64;
+/// fvd_file_options: open the data file that the header names.
+pub const FVD_FILE_ALLOW_DATA: u32 = 128;
+/// The data file may be missing or too short: fvd_image_info, block status and
+/// a check without repair answer, everything else fails. Read-only.
+pub const FVD_OPEN_METADATA: u32 = 256;
 
 /// Durable on completion.
 pub const FVD_REQ_FUA: u32 = 1;
@@ -158,8 +163,8 @@ pub struct fvd_host_ops {
     pub discard: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, offset: u64, len: u64)>,
     /// Set the file's length. NULL: the file does not grow (-ENOSPC).
     pub truncate: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, length: u64)>,
-    /// ret: the file's length in bytes. Of the base where there is none:
-    /// -ENOMEDIUM.
+    /// ret: the file's length in bytes. Of the base, or the data file, where
+    /// there is none: -ENOMEDIUM.
     pub get_length: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32)>,
     /// ret: how many bytes of the base from offset on (1 to len) are alike:
     /// known to read as zero or, with FVD_STATUS_DATA added, possibly data.
@@ -243,6 +248,12 @@ pub struct fvd_create {
     /// Compact: the file grows in steps of so many bytes, a multiple of the
     /// chunk size; 0: 64 MiB.
     pub storage_grow_unit: u64,
+    /// Path of the data file as it will stand in the image, UTF-8; NULL or
+    /// empty: guest data lies in the image file. What FVD_FILE_DATA holds is
+    /// lost.
+    pub data_name: *const c_char,
+    /// Format of the data file: "raw"; mandatory with data_name.
+    pub data_format: *const c_char,
 }
 
 /// Where the first len bytes of a range are, all alike.
@@ -269,13 +280,13 @@ pub struct fvd_check {
     pub struct_size: usize,
     /// Damaged structures that are left.
     pub corruptions: u64,
-    /// Bytes at the end of the file that nothing uses, and are left.
+    /// Bytes at the end of the files that nothing uses, and are left.
     pub leaked: u64,
     /// Blocks that the bitmap covers.
     pub blocks_total: u64,
     /// Of these, blocks that are in this image.
     pub blocks_present: u64,
-    /// One past the last byte in use.
+    /// One past the last byte of the image file in use.
     pub image_end: u64,
     /// Compact: chunks of the disk.
     pub chunks_total: u64,
@@ -333,7 +344,7 @@ pub struct fvd_info {
     pub base_length: u64,
     /// Guest bytes that the bitmap covers; all beyond is in this image.
     pub covered: u64,
-    /// Where guest data starts in the file.
+    /// Where guest data starts, in the file that holds it.
     pub data_offset: u64,
     /// Bytes.
     pub journal_size: u64,
@@ -376,6 +387,11 @@ pub struct fvd_info {
     pub reach: u64,
     /// Compact: chunks of the disk.
     pub chunks: u64,
+    /// Path of the data file, which the caller opens if it likes; empty: guest
+    /// data lies in the image file.
+    pub data_name: [c_char; 1024],
+    /// Format of the data file.
+    pub data_format: [c_char; 32],
 }
 
 /// How the ready-made file host opens an image.
@@ -384,7 +400,8 @@ pub struct fvd_info {
 pub struct fvd_file_options {
     /// sizeof(struct fvd_file_options)
     pub struct_size: usize,
-    /// FVD_OPEN_*, FVD_FILE_DIRECT, FVD_FILE_NO_LOCK, FVD_FILE_ALLOW_BASE
+    /// FVD_OPEN_*, FVD_FILE_DIRECT, FVD_FILE_NO_LOCK, FVD_FILE_ALLOW_BASE,
+    /// FVD_FILE_ALLOW_DATA
     pub flags: u32,
     /// Longest chain of bases; 0: 64.
     pub depth: u32,

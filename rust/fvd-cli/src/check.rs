@@ -7,7 +7,7 @@ use crate::size::human;
 use crate::{Failure, Opening, Outcome, Output, Target, host_options};
 use clap::{Args, ValueEnum};
 use fvd_engine::{CheckReport, Kind, Repair};
-use fvd_host::disk::Disk;
+use fvd_host::{Options, disk::Disk};
 use serde_json::json;
 use std::path::Path;
 
@@ -40,9 +40,10 @@ pub fn run(args: &Check) -> Outcome {
     let path = &args.target.file;
     let mut printer = Printer::stderr(format!("checking '{}'", path.display()), args.progress);
     let options = match args.repair {
-        None => args.opening.options(),
+        // A data file that is missing or too short is told, as other damage is.
+        None => Options { metadata_only: true, allow_data: true, ..args.opening.options() },
         // Read-write: an image that was not closed recovers first.
-        Some(_) => host_options(),
+        Some(_) => Options { allow_data: true, ..host_options() },
     };
     let repair = args.repair.map_or(Repair::None, |what| match what {
         What::Leaks => Repair::Leaks,

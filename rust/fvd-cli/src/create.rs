@@ -39,6 +39,10 @@ pub struct Create {
     /// Only record the name of the base, which may be missing or of a format QEMU alone knows; needs SIZE
     #[arg(short = 'u', long, requires = "backing", requires = "size")]
     unsafe_backing: bool,
+    /// Put the disk's content into a file of its own, as a raw image; FILE has the metadata. What is there is
+    /// overwritten; a relative path counts from FILE's directory
+    #[arg(long, value_name = "PATH")]
+    data_file: Option<String>,
     /// Copy-on-write unit: a power of two from 4K to 2M [default: by the length of the base]
     #[arg(long, value_name = "SIZE", value_parser = parse)]
     block_size: Option<u64>,
@@ -97,6 +101,8 @@ pub fn run(args: &Create) -> Outcome {
         journal_size: args.journal_size.unwrap_or(0),
         base_name: args.backing.clone().unwrap_or_default(),
         base_format: args.backing_format.clone().unwrap_or_default(),
+        data_format: if args.data_file.is_some() { "raw".into() } else { String::new() },
+        data_name: args.data_file.clone().unwrap_or_default(),
         detect_sparse_hole: args.detect_sparse_hole.unwrap_or(0),
         preallocation: match args.preallocation {
             Preallocate::Off => Preallocation::Off,
@@ -121,6 +127,9 @@ pub fn run(args: &Create) -> Outcome {
         }
         if info.header.is_compact() {
             text += &format!(", compact, in chunks of {}", human(info.header.chunk_size.into()));
+        }
+        if info.header.has_data_file() {
+            text += &format!(", data in '{}'", info.header.data_name);
         }
         crate::info::print_line(&text)?;
     }

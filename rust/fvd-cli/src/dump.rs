@@ -129,7 +129,7 @@ fn headers(image: &Image, uuid: &Uuid, out: &mut Out, print: bool) -> Result<Opt
 
 fn print_header(header: &Header, out: &mut Out) -> Result<(), Failure> {
     let base_length = if header.base_length == BASE_LENGTH_UNKNOWN { "not known".into() } else { header.base_length.to_string() };
-    let fields: [(&str, String); 22] = [
+    let fields: [(&str, String); 24] = [
         ("generation", header.generation.to_string()),
         ("virtual size", header.virtual_size.to_string()),
         ("state", if header.clean { "clean".into() } else { "open".into() }),
@@ -141,6 +141,8 @@ fn print_header(header: &Header, out: &mut Out) -> Result<(), Failure> {
         ("base name", format!("{:?}", header.base_name)),
         ("base format", format!("{:?}", header.base_format)),
         ("base length", base_length),
+        ("data file name", format!("{:?}", header.data_name)),
+        ("data file format", format!("{:?}", header.data_format)),
         ("block size", header.block_size.to_string()),
         ("chunk size", header.chunk_size.to_string()),
         ("storage grow unit", header.storage_grow_unit.to_string()),

@@ -114,6 +114,11 @@ fn as_json(path: &Path, header: &Header, allocated: Option<u64>) -> Value {
             "features": features(header),
         }},
     });
+    if header.has_data_file() {
+        let data = &mut out["format-specific"]["data"];
+        data["data-file"] = header.data_name.as_str().into();
+        data["data-file-format"] = header.data_format.as_str().into();
+    }
     if header.is_compact() {
         let data = &mut out["format-specific"]["data"];
         data["chunk-size"] = header.chunk_size.into();
@@ -150,6 +155,10 @@ fn as_text(path: &Path, header: &Header, allocated: Option<u64>) -> Vec<String> 
         out.push(format!("backing file: {}{actual}", header.base_name));
         out.push(format!("backing file format: {}", header.base_format));
         out.push(format!("backing file length: {}", known(header.base_length).map_or("not known".into(), with_bytes)));
+    }
+    if header.has_data_file() {
+        out.push(format!("data file: {}", header.data_name));
+        out.push(format!("data file format: {}", header.data_format));
     }
     if header.is_compact() {
         out.push(format!("chunk size: {}", human(header.chunk_size.into())));

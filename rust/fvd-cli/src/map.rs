@@ -4,7 +4,8 @@
 use crate::{Failure, Opening, Outcome, Output, Target};
 use clap::Args;
 use fvd_engine::Place;
-use fvd_host::disk::Disk;
+use fvd_engine::host::FileId;
+use fvd_host::{Options, disk::Disk};
 use std::io::{BufWriter, Write};
 
 /// Runs are asked for in steps of this, so that no request is long: bytes.
@@ -61,7 +62,9 @@ impl Run {
 pub fn run(args: &Map) -> Outcome {
     let path = &args.target.file;
     let about = |error: fvd_engine::Error| Failure::about(path, &error);
-    let disk = Disk::open(path, &args.opening.options()).map_err(about)?;
+    // What lies where is metadata: the data file is not opened.
+    let options = Options { metadata_only: true, ..args.opening.options() };
+    let disk = Disk::open(path, &options).map_err(about)?;
     let header = disk.info().map_err(about)?.header;
     let size = header.virtual_size;
     let mut out = BufWriter::new(std::io::stdout().lock());
@@ -112,6 +115,9 @@ impl Printer {
         write!(out, "{comma}{{ \"start\": {}, \"length\": {}, \"place\": \"{}\"", run.start, run.len, run.name())?;
         if let Some(offset) = run.offset() {
             write!(out, ", \"offset\": {offset}")?;
+            if matches!(run.place, Place::Data { file: FileId::Data, .. }) {
+                write!(out, ", \"file\": \"data\"")?;
+            }
         }
         write!(out, "}}")
     }
@@ -124,7 +130,6 @@ impl Printer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fvd_engine::host::FileId;
 
     #[test]
     fn runs_join_only_where_they_go_on() {

@@ -413,3 +413,38 @@ fn a_reader_that_leaves_early_is_no_error_of_ours() {
     let out = Command::new("sh").args(["-c", &command]).current_dir(dir.0.path()).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stderr), "");
 }
+
+#[test]
+fn a_disk_in_a_data_file() {
+    let dir = Dir::new();
+    let out = dir.good(&["create", "--journal-size", "1M", "--data-file", "disk.raw", "disk.fvd", "3M"]);
+    assert!(out.contains("data in 'disk.raw'"), "{out}");
+    assert_eq!(std::fs::metadata(dir.at("disk.raw")).unwrap().len(), 3 * MIB);
+    let options = Options { allow_data: true, ..Options::default() };
+    let disk = Disk::open(&dir.at("disk.fvd"), &options).unwrap();
+    disk.pwrite(&[5; 4096], 8192, true).unwrap();
+    disk.close().unwrap();
+    assert_eq!(std::fs::read(dir.at("disk.raw")).unwrap()[8192..12288], [5; 4096]);
+    let text = dir.good(&["info", "disk.fvd"]);
+    assert!(text.contains("data file: disk.raw\ndata file format: raw\n") && text.contains("data-file"), "{text}");
+    assert_eq!(dir.json(&["info", "--output=json", "disk.fvd"])["format-specific"]["data"]["data-file"], "disk.raw");
+    let map = dir.json(&["map", "--output=json", "disk.fvd"]);
+    assert_eq!((&map[0]["offset"], &map[0]["file"]), (&0.into(), &"data".into()));
+    assert!(dir.good(&["dump", "--header", "disk.fvd"]).contains("data file name: \"disk.raw\""));
+    dir.good(&["check", "disk.fvd"]);
+    // Too short, then missing: told, not repaired.
+    for remove in [false, true] {
+        if remove {
+            std::fs::remove_file(dir.at("disk.raw")).unwrap();
+        } else {
+            std::fs::File::options().write(true).open(dir.at("disk.raw")).unwrap().set_len(MIB).unwrap();
+        }
+        let ran = dir.fvd(&["check", "disk.fvd"]);
+        assert!(ran.status == 2 && ran.out.contains("the data file 'disk.raw' is"), "{}", ran.out);
+        let ran = dir.fvd(&["check", "--repair", "all", "disk.fvd"]);
+        assert!(ran.status != 0 && ran.err.contains("disk.raw"), "{}", ran.err);
+        dir.good(&["info", "disk.fvd"]);
+        dir.good(&["map", "disk.fvd"]);
+    }
+    dir.bad(&["create", "--data-file", "other.fvd", "other.fvd", "1M"], &["the image itself"]);
+}

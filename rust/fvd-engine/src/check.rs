@@ -128,6 +128,15 @@ impl<H: Host> Queue<H> {
         if length < header.file_length_min() {
             report.corrupt(format!("the file has {length} bytes, {} are needed: what lay behind is lost", header.file_length_min()));
         }
+        let trouble = image.meta().data_file_trouble.clone();
+        if let Some(text) = trouble {
+            report.corrupt(format!("{text}; what it held is lost, or cannot be reached"));
+        } else if header.has_data_file() {
+            let length = self.op(bare(OpKind::GetLength, FileId::Data, 0, 0)).await? as u64;
+            if length < header.data_length_min() {
+                report.corrupt(format!("the data file '{}' has {length} bytes, {} are needed: what lay behind is lost", header.data_name, header.data_length_min()));
+            }
+        }
         Ok(())
     }
 
@@ -269,7 +278,7 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// What lies behind the last byte in use is a leak, where the file is as long as we made it.
+    /// What lies behind the last byte in use of a file is a leak, where it is as long as we made it.
     async fn check_end(self: &Rc<Self>, repair: Repair, report: &mut CheckReport) -> Result<()> {
         let image = self.image().clone();
         // Nobody opens a growth step meanwhile.
@@ -278,29 +287,42 @@ impl<H: Host> Queue<H> {
             // The reach of a step whose commit failed may be in one that is on its way now.
             self.commit_metadata().await?;
         }
-        let end = {
+        let (header, reach) = {
             let meta = image.meta();
             let reach = [Some(meta.reach), meta.pending.reach, meta.frozen.reach].into_iter().flatten().max();
-            let reach = if faulty!(image, EndCutTooEarly) { None } else { reach };
-            meta.header.as_ref().expect("open image").file_length_min().max(reach.unwrap_or(0))
+            (meta.header.clone().expect("open image"), if faulty!(image, EndCutTooEarly) { 0 } else { reach.unwrap_or(0) })
         };
-        report.image_end = end;
-        let end = ceil(end, PAGE_SIZE as u64);
-        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
-        if length <= end || !image.limits(FileId::Image).grows_zeroed {
+        if header.has_data_file() {
+            report.image_end = header.file_length_min();
+            self.check_end_of(FileId::Image, ceil(report.image_end, PAGE_SIZE as u64), repair, report).await?;
+            if image.meta().data_file_trouble.is_some() {
+                return Ok(());
+            }
+            let end = ceil(header.data_length_min().max(reach), image.data_end_unit());
+            return self.check_end_of(FileId::Data, end, repair, report).await;
+        }
+        report.image_end = header.file_length_min().max(reach);
+        self.check_end_of(FileId::Image, ceil(report.image_end, PAGE_SIZE as u64), repair, report).await
+    }
+
+    /// The same for one file, which ends at `end`.
+    async fn check_end_of(self: &Rc<Self>, file: FileId, end: u64, repair: Repair, report: &mut CheckReport) -> Result<()> {
+        let image = self.image().clone();
+        let length = self.op(bare(OpKind::GetLength, file, 0, 0)).await? as u64;
+        if length <= end || !image.limits(file).grows_zeroed {
             return Ok(());
         }
         if repair == Repair::None {
-            report.leaked = length - end;
+            report.leaked += length - end;
             return Ok(());
         }
-        if let Err(error) = self.op(bare(OpKind::Truncate, FileId::Image, end, 0)).await {
-            report.leaked = length - end;
+        if let Err(error) = self.op(bare(OpKind::Truncate, file, end, 0)).await {
+            report.leaked += length - end;
             report.note(format!("the file cannot be cut: {}", error.text));
             return Ok(());
         }
-        self.sync().await?;
-        report.leaked_fixed = length - end;
+        self.sync_file(file).await?;
+        report.leaked_fixed += length - end;
         Ok(())
     }
 }

@@ -120,10 +120,12 @@ impl<H: Host> Queue<H> {
             std::mem::take(&mut meta.pending)
         };
         // The set is frozen; whatever it exposes was written before, so this sync covers it. What only
-        // fills fresh space needs none of its own: without it the guest finds the zeroes of before (R6).
-        let data_first = frozen.data_first && !faulty!(image, NoDataSync);
+        // fills fresh space needs none of its own: without it the guest finds the zeroes of before (R6),
+        // and the sync of the journal makes it durable – not in a data file.
+        let two_files = image.data_file() == FileId::Data && !faulty!(image, OneSyncForTwoFiles);
+        let data_first = (frozen.data_first || two_files) && !faulty!(image, NoDataSync);
         if frozen.is_empty() || data_first {
-            self.sync().await?;
+            if faulty!(image, DataFileNotSynced) { self.sync().await? } else { self.sync_data().await? }
         }
         if faulty!(image, FreezeAfterSync) {
             let more = std::mem::take(&mut image.meta().pending);

@@ -16,6 +16,7 @@ use fvd_format::limits::*;
 use fvd_format::page::{PAYLOAD_ENTRIES, PAYLOAD_WORDS};
 use fvd_format::{Header, PageZero, RegionKind};
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 /// Zeroing is asked for in steps of this, so that one request stays short: bytes.
 const ZERO_STEP: u64 = 1 << 30;
@@ -29,6 +30,8 @@ impl<H: Host> Queue<H> {
         }
         image.check_writable()?;
         check_base(&params.base_name, &params.base_format)?;
+        check_data_file(&params.data_name, &params.data_format)?;
+        image.map.two_files.store(!params.data_name.is_empty(), Ordering::Release);
         let header = self.plan(params).await?;
         let holes = self.find_holes(params, &header).await?;
         self.write_image(params, header, holes).await
@@ -85,9 +88,9 @@ impl<H: Host> Queue<H> {
             crypt_method: 0,
             clean: true,
             // Without a base nothing is tracked until the first write, which may find one (FMT-140).
-            pristine: !has_base && (params.compact || self.image().limits(FileId::Image).grows_zeroed) && params.preallocation == Preallocation::Off,
-            incompatible: if params.compact { incompatible::COMPACT } else { 0 },
-            compatible: if self.image().limits(FileId::Image).grows_zeroed { 0 } else { compatible::NON_ZEROING },
+            pristine: !has_base && (params.compact || self.image().data_limits().grows_zeroed) && params.preallocation == Preallocation::Off,
+            incompatible: if params.compact { incompatible::COMPACT } else { 0 } | if params.data_name.is_empty() { 0 } else { incompatible::DATA_FILE },
+            compatible: if self.image().data_limits().grows_zeroed { 0 } else { compatible::NON_ZEROING },
             autoclear: 0,
             block_size,
             chunk_size,
@@ -103,6 +106,8 @@ impl<H: Host> Queue<H> {
             last_checkpoint: 0,
             base_name: params.base_name.clone(),
             base_format: params.base_format.clone(),
+            data_name: params.data_name.clone(),
+            data_format: params.data_format.clone(),
             regions: [None; REGION_SLOTS],
         };
         place_regions(&mut header, journal_size);
@@ -122,7 +127,7 @@ impl<H: Host> Queue<H> {
         if header.base_length == BASE_LENGTH_UNKNOWN {
             return fail(Kind::Invalid, format!("detect_sparse_hole: the base '{}' cannot be read", params.base_name));
         }
-        if !self.image().limits(FileId::Image).grows_zeroed {
+        if !self.image().data_limits().grows_zeroed {
             // A preset bit promises zeroes that this storage does not have (R7).
             self.host().log(LogLevel::Warning, "detect_sparse_hole is ignored: the storage does not read as zero");
             return Ok(None);
@@ -181,25 +186,36 @@ impl<H: Host> Queue<H> {
     }
 
     async fn write_image(self: &Rc<Self>, params: &CreateParams, mut header: Header, holes: Option<BitVec<u64, Lsb0>>) -> Result<()> {
-        let limits = *self.image().limits(FileId::Image);
+        let image = self.image().clone();
+        let data = image.data_file();
         let total = ceil(header.file_length_min(), PAGE_SIZE as u64);
         let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
-        if !limits.grows_zeroed && length < total {
+        if !image.limits(FileId::Image).grows_zeroed && length < total {
             return fail(Kind::NoSpace, format!("the storage has {length} bytes, the image needs {total}"));
         }
-        if length >= PAGE_SIZE as u64 && !faulty!(self.image(), CreateKeepsPageZero) {
+        let data_end = if data == FileId::Data { ceil(header.data_length_min(), image.data_end_unit()) } else { total };
+        if data == FileId::Data {
+            let length = self.op(bare(OpKind::GetLength, data, 0, 0)).await? as u64;
+            if !image.data_limits().grows_zeroed && length < data_end {
+                return fail(Kind::NoSpace, format!("the storage of the data file has {length} bytes, the disk needs {data_end}"));
+            }
+        }
+        if length >= PAGE_SIZE as u64 && !faulty!(image, CreateKeepsPageZero) {
             self.write_own(FileId::Image, 0, OwnBuf::zeroed(PAGE_SIZE), PAGE_SIZE as u64).await?;
             self.sync().await?;
         }
-        if limits.grows_zeroed {
-            self.op(bare(OpKind::Truncate, FileId::Image, 0, 0)).await?;
-            self.op(bare(OpKind::Truncate, FileId::Image, total, 0)).await?;
+        let files = [(FileId::Image, total), (FileId::Data, data_end)];
+        for (file, end) in files.into_iter().filter(|(file, _)| [FileId::Image, data].contains(file)) {
+            if image.limits(file).grows_zeroed {
+                self.op(bare(OpKind::Truncate, file, 0, 0)).await?;
+                self.op(bare(OpKind::Truncate, file, end, 0)).await?;
+            }
         }
         // Metadata is really allocated: a commit must never find the storage full.
         for region in header.regions.iter().flatten() {
             self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, region.offset, region.length)).await?;
         }
-        self.preallocate(params.preallocation, &header, total).await?;
+        self.preallocate(params.preallocation, &header, data_end).await?;
         let preallocated = header.is_compact() && params.preallocation != Preallocation::Off;
         let chunks = header.chunks();
         let words = |kind: RegionKind, index: u64| {
@@ -213,36 +229,53 @@ impl<H: Host> Queue<H> {
         for copy in [2, 1] {
             self.write_own(FileId::Image, HEADER_OFFSETS[copy - 1], OwnBuf::from_slice(&header.encode(copy)), PAGE_SIZE as u64).await?;
         }
-        if !faulty!(self.image(), CreateNotSynced) {
+        if !faulty!(image, CreateNotSynced) {
             self.sync().await?;
+        }
+        if data == FileId::Data && !faulty!(image, DataNotSyncedAtCreation) {
+            self.sync_data().await?;
         }
         let zero = PageZero { uuid: header.uuid };
         self.write_own(FileId::Image, 0, OwnBuf::from_slice(&zero.encode()), PAGE_SIZE as u64).await?;
         self.sync().await
     }
 
-    async fn preallocate(self: &Rc<Self>, how: Preallocation, header: &Header, total: u64) -> Result<()> {
+    async fn preallocate(self: &Rc<Self>, how: Preallocation, header: &Header, end: u64) -> Result<()> {
         let mut at = header.data_offset;
-        let zeroed = self.image().limits(FileId::Image).grows_zeroed;
-        while at < total {
+        let file = self.image().data_file();
+        let zeroed = self.image().data_limits().grows_zeroed;
+        while at < end {
             let n = match how {
                 Preallocation::Off => return Ok(()),
                 // Chunks that have their place read as zero.
                 Preallocation::Metadata if zeroed || !header.is_compact() => return Ok(()),
                 Preallocation::Metadata | Preallocation::Falloc => {
-                    let n = (total - at).min(ZERO_STEP);
-                    self.op(bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, at, n)).await?;
+                    let n = (end - at).min(ZERO_STEP);
+                    self.op(bare(OpKind::WriteZeroes { may_unmap: false }, file, at, n)).await?;
                     n
                 }
                 Preallocation::Full => {
-                    let n = (total - at).min(BOUNCE_MAX);
-                    self.write_own(FileId::Image, at, OwnBuf::zeroed(n as usize), n).await?;
+                    let n = (end - at).min(BOUNCE_MAX);
+                    self.write_own(file, at, OwnBuf::zeroed(n as usize), n).await?;
                     n
                 }
             };
             at += n;
         }
         Ok(())
+    }
+}
+
+/// Checks the name and format of a data file.
+fn check_data_file(name: &str, format: &str) -> Result<()> {
+    if name.len() > PATH_MAX || name.contains('\0') {
+        return fail(Kind::Invalid, format!("the data file's path has {} bytes, at most {PATH_MAX} fit", name.len()));
+    }
+    match (name.is_empty(), format) {
+        (true, "") | (false, "raw") => Ok(()),
+        (true, _) => fail(Kind::Invalid, format!("a data file format '{format}' without a data file")),
+        (false, "") => fail(Kind::Invalid, format!("the format of the data file '{name}' is missing; it is never guessed")),
+        (false, _) => fail(Kind::Unsupported, format!("data file '{name}': format '{format}' is not supported, only raw")),
     }
 }
 

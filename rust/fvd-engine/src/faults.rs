@@ -184,12 +184,20 @@ pub enum Fault {
     RepairCopyForgotten,
     /// A repair writes pages while the header says that the double-write area does not count.
     RepairWhileClean,
+    /// A commit takes a sync of the image file for one of the data file (R1).
+    DataFileNotSynced,
+    /// A commit that fills fresh space of a data file leaves its data to the sync of the journal.
+    OneSyncForTwoFiles,
+    /// A disk that grows syncs the image file before the header says so, not the data file (CC-40).
+    GrowthSyncsImage,
+    /// Creation syncs the image file only (CC-33).
+    DataNotSyncedAtCreation,
 }
 
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 86] = [
+    pub const ALL: [Fault; 90] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -276,5 +284,9 @@ impl Fault {
         Self::DoubleMappingKept,
         Self::RepairCopyForgotten,
         Self::RepairWhileClean,
+        Self::DataFileNotSynced,
+        Self::OneSyncForTwoFiles,
+        Self::GrowthSyncsImage,
+        Self::DataNotSyncedAtCreation,
     ];
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! From request to handler: the one future of every task.
 
-use crate::error::Result;
-use crate::executor::{Job, Queue};
+use crate::error::{Kind, Result};
+use crate::executor::{Job, Queue, fail};
 use crate::host::Host;
-use crate::request::{Reply, Request};
+use crate::request::{Repair, Reply, Request};
 use std::rc::Rc;
 
 /// Runs a task to its end. Background work has nobody to tell but the log.
@@ -37,6 +37,10 @@ async fn serve<H: Host>(queue: &Rc<Queue<H>>, request: Request<H::Buf>) -> Resul
         Request::Open => return queue.open().await.map(done),
         Request::Close => return queue.close().await.map(done),
         _ => queue.image().check_open()?,
+    }
+    let needs_metadata = matches!(request, Request::BlockStatus { .. } | Request::Check { repair: Repair::None });
+    if queue.image().config.metadata_only && !needs_metadata {
+        return fail(Kind::State, "the image is open for its metadata only");
     }
     match request {
         Request::Read { offset, buf } => queue.read(offset, buf).await.map(done),

@@ -216,7 +216,7 @@ pub enum OpKind {
     Discard,
     /// Sets the file's length to `offset`.
     Truncate,
-    /// Result: the file's length in bytes. On the base: `-ENOMEDIUM` where none is attached.
+    /// Result: the file's length in bytes. On the base and the data file: `-ENOMEDIUM` where none is attached.
     GetLength,
     /// Base only. Result: how many bytes from `offset` on (1…`len`) are alike: known to read as
     /// zero, or, with [`STATUS_DATA`] added, possibly data.

@@ -15,6 +15,7 @@ use crate::request::{Config, Info, Stats};
 use crate::space::Space;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{AsyncMutex, Mutex, MutexGuard, RangeLock, WaitQueue, lock};
+use fvd_format::limits::{PAGE_SIZE, SECTOR};
 use fvd_format::page::PageHeader;
 use fvd_format::{Header, RegionKind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,6 +39,8 @@ pub(crate) struct Map {
     pub(crate) covered: AtomicU64,
     pub(crate) block_shift: AtomicU32,
     pub(crate) data_offset: AtomicU64,
+    /// Guest data lies in a file of its own.
+    pub(crate) two_files: AtomicBool,
     /// Reasons why every write must ask the engine: read-modify-write cycles under way, a
     /// read-only open, poison. One word, because the hot path reads it.
     pub(crate) no_direct_writes: AtomicU32,
@@ -126,6 +129,8 @@ pub(crate) struct Meta {
     pub(crate) timer_at: Option<u64>,
     pub(crate) segments_loaded: u64,
     pub(crate) was_clean: bool,
+    /// What is wrong with the data file, in an open for metadata only.
+    pub(crate) data_file_trouble: Option<String>,
     /// The header copy that this open wrote again, of an image that had been closed.
     pub(crate) mended_copy: Option<usize>,
     pub(crate) commits_replayed: u64,
@@ -178,7 +183,8 @@ pub struct Image {
 
 impl Image {
     /// A handle that is not open yet.
-    pub fn new(config: Config) -> Arc<Self> {
+    pub fn new(mut config: Config) -> Arc<Self> {
+        config.read_only |= config.metadata_only;
         let map = Map { no_direct_writes: AtomicU32::new(u32::from(config.read_only)), ..Map::default() };
         Arc::new(Self {
             space_news: AtomicU64::new(0),
@@ -249,6 +255,28 @@ impl Image {
     /// What the host said of `file`.
     pub(crate) fn limits(&self, file: FileId) -> &Limits {
         &self.config.limits[file as usize]
+    }
+
+    /// The file that holds guest data.
+    #[inline]
+    pub(crate) fn data_file(&self) -> FileId {
+        // Set before the image is open, and never changed.
+        if self.map.two_files.load(Ordering::Relaxed) { FileId::Data } else { FileId::Image }
+    }
+
+    /// What the host said of the file that holds guest data.
+    #[inline]
+    pub(crate) fn data_limits(&self) -> &Limits {
+        self.limits(self.data_file())
+    }
+
+    /// The length of a file of flat guest data is a multiple of this: bytes. A data file ends where the disk
+    /// does, if the host can write so: others read it as a raw image.
+    pub(crate) fn data_end_unit(&self) -> u64 {
+        match self.data_file() {
+            FileId::Data => u64::from(self.data_limits().request_alignment).max(SECTOR),
+            _ => PAGE_SIZE as u64,
+        }
     }
 
     /// Makes the image unusable for all but reads (R11).

@@ -123,9 +123,20 @@ impl<H: Host> Queue<H> {
         result
     }
 
-    /// Makes completed writes to the image's files durable; a failure poisons (R11).
+    /// Makes completed writes to the image file durable; a failure poisons (R11).
     pub(crate) async fn sync(self: &Rc<Self>) -> Result<()> {
-        match self.op(bare(OpKind::Flush, FileId::Image, 0, 0)).await {
+        self.sync_file(FileId::Image).await
+    }
+
+    /// The same of the file that holds guest data: the image file, or a data file, of which a sync of
+    /// the image file says nothing.
+    pub(crate) async fn sync_data(self: &Rc<Self>) -> Result<()> {
+        self.sync_file(self.image().data_file()).await
+    }
+
+    /// The same of one file.
+    pub(crate) async fn sync_file(self: &Rc<Self>, file: FileId) -> Result<()> {
+        match self.op(bare(OpKind::Flush, file, 0, 0)).await {
             // Another sync failed meanwhile, and may have dropped what this one was to cover.
             Ok(_) if faulty!(self.image(), SyncBesideFailed) => Ok(()),
             Ok(_) => self.image().check_poison(),

@@ -12,19 +12,21 @@ pub(crate) const REGION_ALIGNMENT: u64 = 64 << 10;
 /// Guest data begins at a multiple of this: bytes.
 const DATA_ALIGNMENT: u64 = 1 << 20;
 
-/// Gives every region of a new image its place, and the data its offset.
+/// Gives every region of a new image its place, and the data its offset: in a file of its own, 0.
 pub(crate) fn place_regions(header: &mut Header, journal_size: u64) {
     let alignment = DATA_ALIGNMENT.max(u64::from(header.chunk_size));
     // Room for the regions of a bitmap made later: a hole, which costs addresses, not storage. Not
     // on a device, where it would cost storage.
-    let room = header.covered == 0 && header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
+    let room = header.covered == 0 && !header.has_data_file() && header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
     let mut later = header.clone();
     if room {
         (later.covered, later.block_size) = (header.virtual_size, default_block_size_of(header));
     }
-    let end = if room || header.covered > 0 || header.is_compact() { give_places(&mut later, journal_size) } else { REGIONS_START };
-    header.data_offset = ceil(end, alignment);
-    if header.covered > 0 || header.is_compact() {
+    // An image file that holds nothing else has its regions from the start.
+    let regions = header.covered > 0 || header.is_compact() || header.has_data_file();
+    let end = if room || regions { give_places(&mut later, journal_size) } else { REGIONS_START };
+    header.data_offset = if header.has_data_file() { 0 } else { ceil(end, alignment) };
+    if regions {
         header.regions = later.regions;
     }
     if header.covered == 0 {
@@ -55,7 +57,7 @@ fn give_places(header: &mut Header, journal_size: u64) -> u64 {
     let page = PAGE_SIZE as u64;
     let mapped: Vec<_> = mapped_pages(header).collect();
     let pages: u64 = mapped.iter().map(|(_, pages)| pages).sum();
-    *header.region_mut(RegionKind::PageMap) = take(pages.div_ceil(PAYLOAD_BITS) * page, 0);
+    *header.region_mut(RegionKind::PageMap) = take(pages.div_ceil(PAYLOAD_BITS).max(1) * page, 0);
     *header.region_mut(RegionKind::DoubleWrite) = take(DOUBLE_WRITE_SIZE, 0);
     *header.region_mut(RegionKind::Journal) = take(journal_size, 0);
     let mut first = 0;
@@ -97,7 +99,7 @@ pub(crate) fn regions_anew(new: &Header) -> Vec<(RegionKind, u64, u64)> {
     out
 }
 
-/// Space that `header` does not name, first fit. A flat disk counts as reaching to file byte
+/// Space of the image file that `header` does not name, first fit. A flat disk counts as reaching to file byte
 /// `data_end` at least; a compact image has all space from the data offset on in chunks.
 pub(crate) struct FreeSpace {
     /// Start and end of what is taken, in order of start.
@@ -108,7 +110,8 @@ impl FreeSpace {
     pub(crate) fn of(header: &Header, data_end: u64) -> Self {
         let end = if header.is_compact() { i64::MAX as u64 } else { header.flat_data_end().max(data_end) };
         let regions = header.regions.iter().flatten().map(|r| (r.offset, r.offset + r.length));
-        let mut taken: Vec<_> = regions.chain([(header.data_offset, end)]).collect();
+        let data = (!header.has_data_file()).then_some((header.data_offset, end));
+        let mut taken: Vec<_> = regions.chain(data).collect();
         taken.sort_unstable();
         Self { taken }
     }

@@ -44,7 +44,7 @@ impl Image {
         // Within the bracket, as all that decides: a look before it could miss a close that waits for
         // brackets, and answer after the files are closed.
         match self.is_open().then(|| self.place(offset, len, write)).flatten() {
-            Some((offset, len)) => Lookup::Data { file: FileId::Image, offset, len, token },
+            Some((offset, len)) => Lookup::Data { file: self.data_file(), offset, len, token },
             None => {
                 self.end(token);
                 Lookup::Ask
@@ -56,7 +56,7 @@ impl Image {
     #[inline]
     fn place(&self, offset: u64, len: u64, write: bool) -> Option<(u64, u64)> {
         let map = &self.map;
-        if (write && map.no_direct_writes.load(Ordering::Acquire) != 0) || map.pristine.load(Ordering::Acquire) || self.config.no_io {
+        if (write && map.no_direct_writes.load(Ordering::Acquire) != 0) || map.pristine.load(Ordering::Acquire) || self.config.no_io || self.config.metadata_only {
             return None;
         }
         let size = map.virtual_size.load(Ordering::Acquire);
@@ -101,7 +101,7 @@ impl<H: Host> Queue<H> {
     #[allow(clippy::type_complexity)]
     pub(crate) fn direct(&self, offset: u64, buf: H::Buf, write: bool) -> Result<(HostOp<H::Buf>, BracketToken), H::Buf> {
         let len = buf.len() as u64;
-        let limits = self.image().limits(FileId::Image);
+        let limits = self.image().data_limits();
         let align = u64::from(limits.request_alignment);
         if !(offset | len).is_multiple_of(align) || !buf.is_aligned(0, buf.len(), limits.memory_alignment as usize) {
             return Err(buf);

@@ -4,9 +4,9 @@
 use crate::bits::Bits;
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Queue, fail};
-use crate::host::{FileId, Host, LogLevel};
+use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::{Image, State, faulty};
-use crate::io::{ENOMEDIUM, bare};
+use crate::io::{ENOMEDIUM, bare, result_of};
 use crate::recovery::WINDOW;
 use crate::table::ENTRY_BITS;
 use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, MAGIC_V1, autoclear};
@@ -46,6 +46,9 @@ impl<H: Host> Queue<H> {
         let need = header.file_length_min();
         if length < need {
             return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the header needs {need}"));
+        }
+        if header.has_data_file() {
+            self.check_data_file(&header, header.data_length_min(), "the header needs").await?;
         }
         if let Some(copy) = behind.filter(|_| !image.config.read_only && !faulty!(image, HeaderNotRepaired)) {
             // An update was cut short. The next one begins with copy 2, whichever that may hurt: so
@@ -89,6 +92,29 @@ impl<H: Host> Queue<H> {
         let behind = copies.iter().position(|copy| copy.as_ref().ok() != Some(&header));
         let unreadable = behind.is_some_and(|at| copies[at].is_err());
         Ok((header, behind.map(|at| at + 1), unreadable))
+    }
+
+    /// The data file is there, with `need` bytes at least, which `who` says. An open for metadata only goes
+    /// on in any case; a check tells.
+    pub(crate) async fn check_data_file(self: &Rc<Self>, header: &Header, need: u64, who: &str) -> Result<()> {
+        let image = self.image();
+        let name = &header.data_name;
+        let align = u64::from(image.data_limits().request_alignment);
+        let (ret, op) = self.io(bare(OpKind::GetLength, FileId::Data, 0, 0)).await;
+        let error = match result_of(&op, ret) {
+            Ok(length) if (length as u64) < need => Error::new(Kind::Corrupt, format!("the data file '{name}' is too short: {length} bytes, {who} {need}")),
+            Ok(_) if header.data_offset % align != 0 => {
+                Error::new(Kind::Unsupported, format!("the data begins at byte {} of the data file '{name}', whose requests are aligned to {align}", header.data_offset))
+            }
+            Ok(_) => return Ok(()),
+            Err(_) if ret == -i64::from(ENOMEDIUM) => Error::new(Kind::Host(ENOMEDIUM), format!("the data file '{name}' is missing, or was not attached")),
+            Err(error) => error.context(&format!("the data file '{name}'")),
+        };
+        if image.config.metadata_only {
+            image.meta().data_file_trouble = Some(error.text);
+            return Ok(());
+        }
+        Err(error)
     }
 
     /// A base of another length than recorded is served as recorded; somebody should know.
@@ -203,6 +229,7 @@ impl Image {
     pub(crate) fn publish(&self, header: &Header) {
         let map = &self.map;
         map.data_offset.store(header.data_offset, Ordering::Release);
+        map.two_files.store(header.has_data_file(), Ordering::Release);
         map.block_shift.store(if header.block_size == 0 { 0 } else { header.block_size.trailing_zeros() }, Ordering::Release);
         // Who only looks at the header needs no bitmap, however long.
         if header.covered > 0 && !self.config.no_io {

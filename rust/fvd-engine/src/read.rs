@@ -25,7 +25,7 @@ struct Part<H: Host> {
     /// Bounced: the bytes start here in the own buffer.
     bounce: Option<usize>,
     base: bool,
-    /// Held while the image file is read.
+    /// Held while the image's own data is read.
     _bracket: Option<Bracket>,
 }
 
@@ -86,7 +86,7 @@ impl Image {
         let data = map.data_offset.load(Ordering::Relaxed);
         let shift = map.chunk_shift.load(Ordering::Relaxed);
         if shift == 0 {
-            return Located::Run(Place::Data { file: FileId::Image, offset: data + at }, run);
+            return Located::Run(Place::Data { file: self.data_file(), offset: data + at }, run);
         }
         let (first, end) = (at >> shift, ((at + run - 1) >> shift) + 1);
         let up_to = |count: u64| run.min(((first + count) << shift) - at);
@@ -94,7 +94,7 @@ impl Image {
             EntryRun::Free { count } => Located::Run(Place::Zero, up_to(count)),
             EntryRun::Chunks { id, count } => {
                 let offset = data + (id << shift) + (at & ((1 << shift) - 1));
-                Located::Run(Place::Data { file: FileId::Image, offset }, up_to(count))
+                Located::Run(Place::Data { file: self.data_file(), offset }, up_to(count))
             }
             EntryRun::Missing(segment) => Located::Missing(RegionKind::Table, segment),
             EntryRun::Bad => Located::Bad(bad_entries(first)),

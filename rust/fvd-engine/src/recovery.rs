@@ -43,9 +43,12 @@ impl<H: Host> Queue<H> {
             for extent in &scan.commits {
                 self.replay(&header, extent, |record| image.take_reach(&record)).await?;
             }
-            let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
             let reach = image.meta().reach;
-            if length < reach {
+            if header.has_data_file() {
+                self.check_data_file(&header, reach, "the journal may use").await?;
+            } else if let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64
+                && length < reach
+            {
                 return fail(Kind::Corrupt, format!("the image file is too short: {length} bytes, the journal says {reach} may be in use"));
             }
         }

@@ -112,6 +112,9 @@ impl<H: Host> Queue<H> {
     /// grow. True if any had to. The caller holds the layout lock.
     pub(crate) async fn clear_way(self: &Rc<Self>, end: u64) -> Result<bool> {
         let header = self.image().header();
+        if header.has_data_file() {
+            return Ok(false);
+        }
         let in_way = |r: &Region| r.offset >= header.data_offset && r.offset < end;
         if !header.regions.iter().flatten().any(in_way) {
             return Ok(false);
@@ -203,7 +206,7 @@ impl<H: Host> Queue<H> {
     /// Storage chunks for the regions of `new`, where there is no room in front of the data.
     async fn chunks_for_regions(self: &Rc<Self>, new: &Header) -> Result<Option<(u64, u64)>> {
         let old = self.image().header();
-        if !old.is_compact() {
+        if !old.is_compact() || old.has_data_file() {
             return Ok(None);
         }
         let mut space = FreeSpace::of(&old, 0);
@@ -356,7 +359,7 @@ fn place_anew(old: &Header, new: &mut Header, data_end: u64, chunks: Option<(u64
         }
         for (kind, length) in [(RegionKind::DoubleWrite, DOUBLE_WRITE_SIZE), (RegionKind::Journal, JOURNAL_SIZE_DEFAULT)] {
             match old.region(kind) {
-                Some(there) if there.offset < old.data_offset || there.offset >= data_end => {}
+                Some(there) if old.has_data_file() || there.offset < old.data_offset || there.offset >= data_end => {}
                 there => {
                     let length = there.map_or(length, |r| r.length);
                     *new.region_mut(kind) = Some(successor(old, kind, space.take(length), length)?);

@@ -15,7 +15,7 @@ use crate::bits::set_words;
 use crate::check::Plan;
 use crate::error::{Error, Kind, Result};
 use crate::executor::Queue;
-use crate::host::{FileId, Host, LogLevel};
+use crate::host::{Host, LogLevel};
 use crate::image::faulty;
 use crate::io::BOUNCE_MAX;
 use crate::request::CheckReport;
@@ -153,9 +153,9 @@ impl<H: Host> Queue<H> {
         let mut done = 0;
         while done < size {
             let len = (size - done).min(BOUNCE_MAX);
-            let (buf, at) = self.read_own(FileId::Image, header.chunk_offset(from) + done, len).await?;
+            let (buf, at) = self.read_own(self.image().data_file(), header.chunk_offset(from) + done, len).await?;
             assert_eq!(at, 0, "chunks are aligned");
-            self.write_own(FileId::Image, header.chunk_offset(to) + done, buf, len).await?;
+            self.write_own(self.image().data_file(), header.chunk_offset(to) + done, buf, len).await?;
             done += len;
         }
         Ok(())

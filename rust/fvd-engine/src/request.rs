@@ -14,6 +14,10 @@ pub struct Config {
     /// Only the header is read and only [`Image::info`](crate::Image::info) answers: inspection of
     /// untrusted images, and QEMU's inactive state, where another program may be writing.
     pub no_io: bool,
+    /// The data file may be missing or too short: only [`Request::Check`] without repair,
+    /// [`Request::BlockStatus`], [`Request::Close`] and [`Image::info`](crate::Image::info) are served.
+    /// Implies `read_only`.
+    pub metadata_only: bool,
     /// Longest time that metadata stays uncommitted without a flush: nanoseconds, > 0.
     pub commit_interval_ns: u64,
     /// Journal units after whose use a checkpoint starts; 0: half the journal. Beyond the whole journal: it
@@ -41,6 +45,7 @@ impl Default for Config {
             limits: [Limits::default(); FILES],
             read_only: false,
             no_io: false,
+            metadata_only: false,
             commit_interval_ns: 5_000_000_000,
             checkpoint_after: 0,
             batch_pages: 0,
@@ -81,6 +86,11 @@ pub struct CreateParams {
     pub base_name: String,
     /// Format of the base; mandatory with `base_name`.
     pub base_format: String,
+    /// Path of the data file as it will stand in the header; empty: guest data lies in the image file.
+    /// What the host's data file holds is lost.
+    pub data_name: String,
+    /// Format of the data file: `raw`; mandatory with `data_name`.
+    pub data_format: String,
     /// Look for runs of zeroes of at least this many bytes (rounded up to blocks) in the base, and
     /// mark them as present; 0: do not; 1: one block.
     pub detect_sparse_hole: u64,
@@ -98,7 +108,8 @@ pub struct CreateParams {
 /// A request to the engine.
 #[derive(Debug)]
 pub enum Request<B> {
-    /// Makes a new image in the image file; the handle stays unopened.
+    /// Makes a new image in the image file, and the data file if it is to have one; the handle stays
+    /// unopened.
     Create(Box<CreateParams>),
     /// Opens the image.
     Open,
@@ -227,7 +238,7 @@ pub struct CheckReport {
     pub corruptions: u64,
     /// Number of damaged structures that were repaired.
     pub corruptions_fixed: u64,
-    /// Bytes at the end of the file that nothing uses, and are left.
+    /// Bytes at the end of the files that nothing uses, and are left.
     pub leaked: u64,
     /// Bytes of them that were given back.
     pub leaked_fixed: u64,
@@ -247,7 +258,7 @@ pub struct CheckReport {
     pub blocks_total: u64,
     /// Of these, blocks whose state is in this image.
     pub blocks_present: u64,
-    /// One past the last byte in use.
+    /// One past the last byte of the image file in use.
     pub image_end: u64,
 }
 

@@ -43,21 +43,22 @@ impl<H: Host> Queue<H> {
         if header.is_compact() {
             return self.grow_compact(&header, size).await;
         }
-        let new_end = ceil(header.data_offset + size, PAGE_SIZE as u64);
-        let old_end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
+        let (file, unit) = (image.data_file(), image.data_end_unit());
+        let new_end = ceil(header.data_offset + size, unit);
+        let old_end = ceil(header.flat_data_end(), unit);
         // Metadata that lay behind the disk moves away; what it leaves behind must not show up in the disk.
         let moved = self.clear_way(new_end).await?;
         // A write up to the old end fills up its host sector with zeroes: none may be under way when
         // others may write behind that end.
         let (sector, sector_end) = self.lock_range(header.virtual_size, (old_end - header.flat_data_end()).max(1));
         let _range = image.ranges.lock(sector, sector_end).await;
-        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
-        let limits = *image.limits(FileId::Image);
+        let length = self.op(bare(OpKind::GetLength, file, 0, 0)).await? as u64;
+        let limits = *image.data_limits();
         if length < new_end {
             if !limits.grows_zeroed {
                 return fail(Kind::NoSpace, format!("the storage has {length} bytes, {new_end} are needed, and it cannot grow"));
             }
-            self.op(bare(OpKind::Truncate, FileId::Image, new_end, 0)).await?;
+            self.op(bare(OpKind::Truncate, file, new_end, 0)).await?;
         }
         // Nor must trailing bytes that something else left behind the old end.
         if limits.grows_zeroed || limits.cheap_zeroing || zeroed || moved {
@@ -67,13 +68,15 @@ impl<H: Host> Queue<H> {
                 self.write_hull(header.virtual_size, Vec::new(), Payload::Zero(within as usize), Vec::new(), header.data_offset).await?;
             }
             // A write that a power cut tore may have left the file any length.
-            let end = ceil(length, PAGE_SIZE as u64).min(new_end);
+            let end = ceil(length, unit).min(new_end);
             if old_end < end && !faulty!(image, GrowthShowsOldBytes) {
-                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, old_end, end - old_end)).await?;
+                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, file, old_end, end - old_end)).await?;
             }
         }
-        if !faulty!(image, GrowthNotSynced) {
+        if faulty!(image, GrowthSyncsImage) {
             self.sync().await?;
+        } else if !faulty!(image, GrowthNotSynced) {
+            self.sync_data().await?;
         }
         self.update_header(|header| header.virtual_size = size).await?;
         image.map.virtual_size.store(size, Ordering::Release);
@@ -96,7 +99,8 @@ impl<H: Host> Queue<H> {
             }
         };
         if faulty!(image, ShrinkCutsFirst) && !old.is_compact() {
-            self.op(bare(OpKind::Truncate, FileId::Image, ceil(old.data_offset + size, PAGE_SIZE as u64).max(old.regions_end()), 0)).await?;
+            let regions_end = if old.has_data_file() { 0 } else { old.regions_end() };
+            self.op(bare(OpKind::Truncate, image.data_file(), ceil(old.data_offset + size, image.data_end_unit()).max(regions_end), 0)).await?;
         }
         if old.region(RegionKind::Journal).is_some() {
             self.rebuild(Fill::Keep, 0, smaller).await?;
@@ -126,30 +130,31 @@ impl<H: Host> Queue<H> {
     /// Gives the storage behind a flat disk back that was cut off `old`'s.
     async fn cut_flat(self: &Rc<Self>, old: &Header) -> Result<()> {
         let image = self.image().clone();
-        let behind = |header: &Header| [RegionKind::PageMap, RegionKind::Bitmap].iter().any(|kind| header.region(*kind).is_some_and(|r| r.offset >= header.data_offset));
+        let (file, unit) = (image.data_file(), image.data_end_unit());
+        let behind = |header: &Header| !header.has_data_file() && [RegionKind::PageMap, RegionKind::Bitmap].iter().any(|kind| header.region(*kind).is_some_and(|r| r.offset >= header.data_offset));
         if behind(&image.header()) {
             // They had to lie behind the old disk as long as that counted.
             self.rebuild(Fill::Keep, 0, |_| ()).await?;
         }
         let header = image.header();
-        let end = ceil(header.flat_data_end(), PAGE_SIZE as u64);
-        let kept = ceil(header.file_length_min(), PAGE_SIZE as u64).max(end);
-        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        let end = ceil(header.flat_data_end(), unit);
+        let kept = if header.has_data_file() { end } else { ceil(header.file_length_min(), unit).max(end) };
+        let length = self.op(bare(OpKind::GetLength, file, 0, 0)).await? as u64;
         // Around the metadata that lies there.
         let mut at = end;
-        let stop = floor(ceil(old.flat_data_end(), PAGE_SIZE as u64).min(length), PAGE_SIZE as u64);
-        let stop = if image.limits(FileId::Image).grows_zeroed { stop.min(kept) } else { stop };
-        let mut regions: Vec<_> = header.regions.iter().flatten().filter(|r| r.end() > end).map(|r| (r.offset, r.end())).collect();
+        let stop = floor(ceil(old.flat_data_end(), unit).min(length), unit);
+        let stop = if image.data_limits().grows_zeroed { stop.min(kept) } else { stop };
+        let mut regions: Vec<_> = header.regions.iter().flatten().filter(|r| !header.has_data_file() && r.end() > end).map(|r| (r.offset, r.end())).collect();
         regions.sort_unstable();
         for (from, to) in regions.into_iter().chain([(stop, stop)]) {
             if at < from.min(stop) {
-                self.op(bare(OpKind::Discard, FileId::Image, at, from.min(stop) - at)).await?;
+                self.op(bare(OpKind::Discard, file, at, from.min(stop) - at)).await?;
             }
             at = at.max(to);
         }
-        if image.limits(FileId::Image).grows_zeroed && kept < length {
-            self.op(bare(OpKind::Truncate, FileId::Image, kept, 0)).await?;
-            self.sync().await?;
+        if image.data_limits().grows_zeroed && kept < length {
+            self.op(bare(OpKind::Truncate, file, kept, 0)).await?;
+            self.sync_data().await?;
         }
         Ok(())
     }
@@ -174,10 +179,10 @@ impl<H: Host> Queue<H> {
             self.write_hull(size, Vec::new(), Payload::Zero((whole - size) as usize), Vec::new(), base).await?;
         }
         if whole < end {
-            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, base.wrapping_add(whole), end - whole)).await?;
+            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), base.wrapping_add(whole), end - whole)).await?;
         }
         // What is stable may name another chunk for it still.
-        if faulty!(image, GrowthBeforeCommit) { self.sync().await } else { self.commit_metadata().await }
+        if faulty!(image, GrowthBeforeCommit) { self.sync_data().await } else { self.commit_metadata().await }
     }
 
     /// Grows a compact disk: the table gets more entries, which have no storage.

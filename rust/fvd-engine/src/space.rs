@@ -13,7 +13,7 @@ use crate::bits::SEGMENT_BITS;
 use crate::changes::{Runs, add_run};
 use crate::error::{Error, Kind, Result};
 use crate::executor::{Job, Queue, fail};
-use crate::host::{FileId, Host, LogLevel, OpKind};
+use crate::host::{Host, LogLevel, OpKind};
 use crate::image::{Image, Meta, faulty};
 use crate::io::{bare, ceil};
 use crate::table::{ENTRY_BITS, EntryRun};
@@ -141,6 +141,9 @@ impl Space {
 
 /// Storage chunks that regions of `header` overlap: runs.
 pub(crate) fn chunks_of_regions(header: &Header) -> Vec<(u64, u64)> {
+    if header.has_data_file() {
+        return Vec::new();
+    }
     let size = u64::from(header.chunk_size);
     let inside = header.regions.iter().flatten().filter(|r| r.offset >= header.data_offset);
     inside.map(|r| ((r.offset - header.data_offset) / size, (r.end() - header.data_offset).div_ceil(size))).collect()
@@ -378,15 +381,15 @@ impl<H: Host> Queue<H> {
         if faulty!(image, FreeIsFresh) {
             return true;
         }
-        if end - start < FRESH_RUN_MIN || !image.limits(FileId::Image).cheap_zeroing {
+        if end - start < FRESH_RUN_MIN || !image.data_limits().cheap_zeroing {
             return false;
         }
         let (offset, len) = {
             let header = image.header();
             (header.chunk_offset(start), (end - start) * u64::from(header.chunk_size))
         };
-        match self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, offset, len)).await {
-            Ok(_) => faulty!(image, FreshNotSynced) || self.sync().await.is_ok(),
+        match self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), offset, len)).await {
+            Ok(_) => faulty!(image, FreshNotSynced) || self.sync_data().await.is_ok(),
             // They are zeroed one by one when they are handed out, and fail there.
             Err(_) => false,
         }
@@ -438,11 +441,11 @@ impl<H: Host> Queue<H> {
     async fn open_step(self: &Rc<Self>, want: u64, ahead: bool) -> Result<(u64, u64, bool)> {
         let image = self.image().clone();
         let header = image.header();
-        let limits = *image.limits(FileId::Image);
+        let limits = *image.data_limits();
         let start = image.meta().space.as_ref().expect("looked for").end;
         let unit = header.storage_grow_unit / u64::from(header.chunk_size);
         let mut end = (start + want.max(1).next_multiple_of(unit)).min(CHUNKS_MAX - 1);
-        let length = self.op(bare(OpKind::GetLength, FileId::Image, 0, 0)).await? as u64;
+        let length = self.op(bare(OpKind::GetLength, image.data_file(), 0, 0)).await? as u64;
         if !limits.grows_zeroed {
             end = end.min(header.chunks_below(length));
         }
@@ -456,18 +459,18 @@ impl<H: Host> Queue<H> {
         if from < length && (limits.cheap_zeroing || limits.grows_zeroed) {
             // Whatever lies behind the reach is not ours, or was never recorded.
             if !faulty!(image, StepNotZeroed) {
-                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, FileId::Image, from, ceil(length, PAGE_SIZE as u64).min(to) - from)).await?;
+                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), from, ceil(length, PAGE_SIZE as u64).min(to) - from)).await?;
             }
             fresh = true;
         }
         if faulty!(image, StepBehindFile) && limits.grows_zeroed {
-            self.op(bare(OpKind::Truncate, FileId::Image, length.max(from) + (to - from), 0)).await?;
+            self.op(bare(OpKind::Truncate, image.data_file(), length.max(from) + (to - from), 0)).await?;
         } else if length < to {
-            self.op(bare(OpKind::Truncate, FileId::Image, to, 0)).await?;
+            self.op(bare(OpKind::Truncate, image.data_file(), to, 0)).await?;
         }
         if header.pristine {
             // No session begins yet; the header says it.
-            self.sync().await?;
+            self.sync_data().await?;
             self.update_header(|header| header.reach = to).await?;
         } else if !faulty!(image, ReachForgotten) {
             // The commit syncs the step before it says so.
@@ -531,7 +534,7 @@ impl<H: Host> Queue<H> {
             };
             image.space_wait.wake_all();
             let Some((start, end, offset, len)) = run else { return };
-            if let Err(error) = self.op(bare(OpKind::Discard, FileId::Image, offset, len)).await {
+            if let Err(error) = self.op(bare(OpKind::Discard, image.data_file(), offset, len)).await {
                 self.host().log(LogLevel::Warning, &error.context("giving storage back").text);
             }
             let mut meta = image.meta();

@@ -8,7 +8,7 @@ use crate::bits::Run;
 use crate::changes::{Runs, add_run};
 use crate::error::{Kind, Result};
 use crate::executor::{Job, Queue, fail};
-use crate::host::{FileId, GuestBuf, Host, HostOp, OpKind, OwnBuf, Segment};
+use crate::host::{GuestBuf, Host, HostOp, OpKind, OwnBuf, Segment};
 use crate::image::{Image, Meta, faulty};
 use crate::io::{BOUNCE_MAX, bare, ceil, floor};
 use crate::space::Taken;
@@ -73,7 +73,7 @@ impl<H: Host> Queue<H> {
     /// The range whose lock a change of `len` bytes at `offset` needs.
     pub(crate) fn lock_range(&self, offset: u64, len: u64) -> (u64, u64) {
         let image = self.image();
-        let unit = u64::from(image.limits(FileId::Image).request_alignment).max(1 << image.map.block_shift.load(Ordering::Relaxed));
+        let unit = u64::from(image.data_limits().request_alignment).max(1 << image.map.block_shift.load(Ordering::Relaxed));
         (floor(offset, unit), ceil(offset + len, unit))
     }
 
@@ -214,7 +214,7 @@ impl<H: Host> Queue<H> {
             chunks = vec![(new.first, whole_start), (whole_end, new.first + new.taken.count)];
         }
         for (first, stop) in chunks.into_iter().filter(|(first, stop)| first < stop) {
-            let op = bare(OpKind::WriteZeroes { may_unmap: false }, FileId::Image, base.wrapping_add(first << shift), (stop - first) << shift);
+            let op = bare(OpKind::WriteZeroes { may_unmap: false }, image.data_file(), base.wrapping_add(first << shift), (stop - first) << shift);
             self.op(op).await?;
         }
         Ok(())
@@ -224,7 +224,7 @@ impl<H: Host> Queue<H> {
     /// byte `base` + `offset`.
     pub(crate) async fn write_hull(self: &Rc<Self>, offset: u64, mut head: Vec<u8>, payload: Payload<H::Buf>, mut tail: Vec<u8>, base: u64) -> Result<()> {
         let image = self.image().clone();
-        let limits = *image.limits(FileId::Image);
+        let limits = *image.data_limits();
         let align = u64::from(limits.request_alignment);
         let size = image.map.virtual_size.load(Ordering::Acquire);
         let mut start = offset - head.len() as u64;
@@ -240,13 +240,13 @@ impl<H: Host> Queue<H> {
             serial = Some(self.serialise_writes().await);
             let (wide_start, wide_end) = (floor(start, align), ceil(end, align));
             if wide_start < start {
-                let (buf, at) = self.read_own(FileId::Image, base.wrapping_add(wide_start), align).await?;
+                let (buf, at) = self.read_own(image.data_file(), base.wrapping_add(wide_start), align).await?;
                 let mut wide = buf.to_vec(at, (start - wide_start) as usize);
                 wide.append(&mut head);
                 head = wide;
             }
             if wide_end > end {
-                let (buf, at) = self.read_own(FileId::Image, base.wrapping_add(wide_end - align), align).await?;
+                let (buf, at) = self.read_own(image.data_file(), base.wrapping_add(wide_end - align), align).await?;
                 let skip = (end - (wide_end - align)) as usize;
                 tail.extend(buf.to_vec(at + skip, (wide_end - end) as usize));
             }
@@ -260,7 +260,7 @@ impl<H: Host> Queue<H> {
     /// Issues the host writes for an aligned hull.
     async fn write_parts(self: &Rc<Self>, file_start: u64, total: u64, head: Vec<u8>, payload: Payload<H::Buf>, tail: Vec<u8>) -> Result<()> {
         let image = self.image().clone();
-        let limits = *image.limits(FileId::Image);
+        let limits = *image.data_limits();
         let memory = limits.memory_alignment as usize;
         let (buf, own_bytes, at, len) = match payload {
             Payload::Guest { buf, at, len } => (Some(buf), None, at, len),
@@ -276,7 +276,7 @@ impl<H: Host> Queue<H> {
             if !tail.is_empty() {
                 segments.push(Segment::Own { at: 0, len: tail.len(), buf: OwnBuf::from_slice(&tail) });
             }
-            let op = HostOp { kind: OpKind::Write { fua: false }, file: FileId::Image, offset: file_start, len: total, segments };
+            let op = HostOp { kind: OpKind::Write { fua: false }, file: image.data_file(), offset: file_start, len: total, segments };
             return self.op(op).await.map(|_| ());
         }
         // Bounced, a piece at a time.
@@ -300,7 +300,7 @@ impl<H: Host> Queue<H> {
             }
             fill((head.len() + len) as u64, tail.len(), &mut |skip, to| to.copy_from_slice(&tail[skip..skip + to.len()]));
             own.write(0, &piece);
-            self.write_own(FileId::Image, file_start + done, own, n).await?;
+            self.write_own(image.data_file(), file_start + done, own, n).await?;
             done += n;
         }
         Ok(())

@@ -3,7 +3,7 @@
 
 use crate::error::Result;
 use crate::executor::Queue;
-use crate::host::{FileId, Host, OpKind};
+use crate::host::{Host, OpKind};
 use crate::image::faulty;
 use crate::io::{BOUNCE_MAX, bare, ceil, floor};
 use crate::request::Place;
@@ -146,7 +146,7 @@ impl<H: Host> Queue<H> {
         let shift = image.map.block_shift.load(Ordering::Relaxed);
         let block = 1u64 << shift;
         let size = image.map.virtual_size.load(Ordering::Acquire);
-        let align = u64::from(image.limits(FileId::Image).request_alignment);
+        let align = u64::from(image.data_limits().request_alignment);
         let mut inner_end = if to == size { ceil(to, align) } else { floor(to, align) };
         if inner_end < to && inner_end < covered && !self.state_of(inner_end, 1).await?.0 {
             // The rest is written, and that would fill the front of its block from the base.
@@ -157,7 +157,7 @@ impl<H: Host> Queue<H> {
             if from < inner_start {
                 self.zero_by_writing(from, inner_start).await?;
             }
-            let op = bare(OpKind::WriteZeroes { may_unmap }, FileId::Image, base.wrapping_add(inner_start), inner_end - inner_start);
+            let op = bare(OpKind::WriteZeroes { may_unmap }, image.data_file(), base.wrapping_add(inner_start), inner_end - inner_start);
             self.op(op).await?;
             if to > inner_end {
                 self.zero_by_writing(inner_end, to).await?;
@@ -192,7 +192,7 @@ impl<H: Host> Queue<H> {
         }
         let _range = self.lock_whole(offset, len, true).await;
         self.check_bounds(offset, len)?;
-        let align = u64::from(image.limits(FileId::Image).request_alignment).max(512);
+        let align = u64::from(image.data_limits().request_alignment).max(512);
         let mut at = offset;
         while at < offset + len {
             let (first, whole) = self.whole_chunks(at, offset + len);

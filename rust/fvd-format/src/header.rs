@@ -42,7 +42,7 @@ pub mod incompatible {
     /// Journal records may carry data.
     pub const CARRIED_DATA: u64 = 1 << 5;
     /// What this code implements.
-    pub const KNOWN: u64 = COMPACT;
+    pub const KNOWN: u64 = COMPACT | DATA_FILE;
 }
 
 /// Compatible features: code that does not know a set bit may ignore it.
@@ -244,11 +244,12 @@ pub struct Header {
     pub base_length: u64,
     /// Guest bytes that the bitmap covers; everything beyond is in this image.
     pub covered: u64,
-    /// File offset of guest byte 0 (flat) or of chunk 0 (compact).
+    /// Offset of guest byte 0 (flat) or of chunk 0 (compact), in the file that holds guest data.
     pub data_offset: u64,
     /// Growth step of compact images in bytes; 0 if flat.
     pub storage_grow_unit: u64,
-    /// "May be written up to" (R6): file bytes below it are not known to be zero.
+    /// "May be written up to" (R6): bytes below it, of the file that holds guest data, are not known
+    /// to be zero.
     pub reach: u64,
     /// Epoch of the journal units that count.
     pub epoch: u64,
@@ -264,6 +265,11 @@ pub struct Header {
     pub base_name: String,
     /// Format of the base; never empty if `base_name` is not.
     pub base_format: String,
+    /// Path of the data file, as the user gave it; empty without one. Never opened because it
+    /// stands here: that is the caller's choice.
+    pub data_name: String,
+    /// Format of the data file; empty exactly if `data_name` is.
+    pub data_format: String,
     /// The regions, by slot.
     pub regions: [Option<Region>; REGION_SLOTS],
 }
@@ -293,12 +299,15 @@ mod at {
     pub const LAST_CHECKPOINT: usize = 168;
     pub const BASE_NAME: usize = 512;
     pub const BASE_FORMAT: usize = 1536;
+    pub const DATA_NAME: usize = 1568;
+    pub const DATA_FORMAT: usize = 2592;
     pub const REGIONS: usize = 2688;
     pub const REGION_SIZE: usize = 64;
     pub const REGIONS_END: usize = REGIONS + super::REGION_SLOTS * REGION_SIZE;
 }
 const _: () = assert!(at::REGIONS_END <= PAGE_SIZE);
-const _: () = assert!(at::BASE_NAME + PATH_MAX < at::BASE_FORMAT);
+const _: () = assert!(at::BASE_NAME + PATH_MAX < at::BASE_FORMAT && at::BASE_FORMAT + FORMAT_NAME_MAX < at::DATA_NAME);
+const _: () = assert!(at::DATA_NAME + PATH_MAX < at::DATA_FORMAT && at::DATA_FORMAT + FORMAT_NAME_MAX < at::REGIONS);
 
 const STATE_CLEAN: u32 = 1;
 const STATE_PRISTINE: u32 = 2;
@@ -329,6 +338,11 @@ impl Header {
         self.incompatible & incompatible::COMPACT != 0
     }
 
+    /// Whether guest data lies in a file of its own.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & incompatible::DATA_FILE != 0
+    }
+
     /// Guest chunks of a compact image; 0 if flat. The last one may be partial.
     pub fn chunks(&self) -> u64 {
         if self.chunk_size == 0 { 0 } else { self.virtual_size.div_ceil(u64::from(self.chunk_size)) }
@@ -349,15 +363,25 @@ impl Header {
         self.region(RegionKind::Journal).map_or(0, Region::pages)
     }
 
-    /// One past the last file byte of guest data of a flat image.
+    /// One past the last byte of guest data of a flat image, in the file that holds it.
     pub fn flat_data_end(&self) -> u64 {
         self.data_offset + self.virtual_size
     }
 
-    /// Bytes the file must have: shorter is an error, longer is tolerated.
+    /// Bytes the image file must have: shorter is an error, longer is tolerated.
     pub fn file_length_min(&self) -> u64 {
+        if self.has_data_file() { self.regions_end() } else { self.guest_data_end().max(self.regions_end()) }
+    }
+
+    /// Bytes the data file must have, likewise; 0 without one.
+    pub fn data_length_min(&self) -> u64 {
+        if self.has_data_file() { self.guest_data_end() } else { 0 }
+    }
+
+    /// One past the last byte that guest data may lie in.
+    fn guest_data_end(&self) -> u64 {
         let data = if self.is_compact() { self.data_offset } else { self.flat_data_end() };
-        data.max(self.regions_end()).max(self.reach)
+        data.max(self.reach)
     }
 
     /// Copy `copy` (1 or 2) as it stands in the file.
@@ -388,6 +412,8 @@ impl Header {
         put_u64(&mut page, at::LAST_CHECKPOINT, self.last_checkpoint);
         put_str(&mut page[at::BASE_NAME..at::BASE_NAME + PATH_MAX + 1], &self.base_name);
         put_str(&mut page[at::BASE_FORMAT..at::BASE_FORMAT + FORMAT_NAME_MAX + 1], &self.base_format);
+        put_str(&mut page[at::DATA_NAME..at::DATA_NAME + PATH_MAX + 1], &self.data_name);
+        put_str(&mut page[at::DATA_FORMAT..at::DATA_FORMAT + FORMAT_NAME_MAX + 1], &self.data_format);
         for (i, region) in self.regions.iter().enumerate() {
             if let Some(region) = region {
                 let to = &mut page[at::REGIONS + i * at::REGION_SIZE..][..at::REGION_SIZE];
@@ -430,6 +456,9 @@ impl Header {
             }
         }
         let state = get_u32(page, at::STATE);
+        // Without the feature these bytes are reserved (FMT-2).
+        let has_data_file = get_u64(page, at::INCOMPATIBLE) & incompatible::DATA_FILE != 0;
+        let data_string = |from, size, field| if has_data_file { string(from, size, field) } else { Ok(String::new()) };
         let header = Self {
             uuid: *uuid,
             generation: get_u64(page, at::GENERATION),
@@ -454,6 +483,8 @@ impl Header {
             last_checkpoint: get_u64(page, at::LAST_CHECKPOINT),
             base_name: string(at::BASE_NAME, PATH_MAX + 1, "base name")?,
             base_format: string(at::BASE_FORMAT, FORMAT_NAME_MAX + 1, "base format")?,
+            data_name: data_string(at::DATA_NAME, PATH_MAX + 1, "data file name")?,
+            data_format: data_string(at::DATA_FORMAT, FORMAT_NAME_MAX + 1, "data file format")?,
             regions,
         };
         if state & !(STATE_CLEAN | STATE_PRISTINE) != 0 {
@@ -496,13 +527,28 @@ impl Header {
             return Err(FormatError::invalid("reach", format!("{}", self.reach)));
         }
         self.validate_chunks()?;
-        let unit = if self.is_compact() { u64::from(self.chunk_size) } else { PAGE_SIZE as u64 };
-        let data = if self.is_compact() { 0 } else { self.virtual_size };
-        if self.data_offset % unit != 0 || self.data_offset < REGIONS_START || self.data_offset.checked_add(data).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(FormatError::invalid("data offset", format!("{}", self.data_offset)));
-        }
+        self.validate_data()?;
         self.validate_base()?;
         self.validate_regions()
+    }
+
+    /// FMT-14, FMT-110.
+    fn validate_data(&self) -> Result<()> {
+        let (unit, least) = match (self.has_data_file(), self.is_compact()) {
+            (true, _) => (SECTOR, 0),
+            (false, true) => (u64::from(self.chunk_size), REGIONS_START),
+            (false, false) => (PAGE_SIZE as u64, REGIONS_START),
+        };
+        let data = if self.is_compact() { 0 } else { self.virtual_size };
+        if self.data_offset % unit != 0 || self.data_offset < least || self.data_offset.checked_add(data).is_none_or(|end| end > i64::MAX as u64) {
+            return Err(FormatError::invalid("data offset", format!("{}", self.data_offset)));
+        }
+        match (self.has_data_file(), self.data_name.is_empty(), self.data_format.is_empty()) {
+            (true, false, false) | (false, true, true) => Ok(()),
+            (true, true, _) => Err(FormatError::invalid("data file name", "missing")),
+            (true, false, true) => Err(FormatError::invalid("data file format", "missing")),
+            (false, ..) => Err(FormatError::invalid("data file name", "set without the data-file feature")),
+        }
     }
 
     /// FMT-13, FMT-75.
@@ -561,7 +607,7 @@ impl Header {
 
     fn validate_regions(&self) -> Result<()> {
         let mut taken: Vec<(u64, u64, &str)> = vec![(0, REGIONS_START, "header area")];
-        if self.virtual_size > 0 && !self.is_compact() {
+        if self.virtual_size > 0 && !self.is_compact() && !self.has_data_file() {
             taken.push((self.data_offset, self.flat_data_end(), "data"));
         }
         for (i, region) in self.regions.iter().enumerate() {

@@ -8,7 +8,7 @@ use bitvec::prelude::*;
 use common::example;
 use fvd_format::codec::{put_u32, put_u64};
 use fvd_format::double_write::{BATCH_PAGES_MAX, Batch, BatchEntry};
-use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, REGIONS_START};
+use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, REGIONS_START, incompatible};
 use fvd_format::journal::{CommitId, Record, UNIT_PAYLOAD, decode_unit, encode_commit, scan, units_for};
 use fvd_format::limits::*;
 use fvd_format::page::{self, HEADER_SIZE, PAYLOAD_BITS, PageHeader};
@@ -74,9 +74,9 @@ fn valid_header() -> impl Strategy<Value = Header> {
     let numbers = prop::collection::vec(1..u64::MAX / 2, 7);
     let layout = (1..=256u64, Just((0..6usize).collect::<Vec<_>>()).prop_shuffle(), prop::collection::vec(0..100u64, 6));
     let map = (0..100_000u64, 0..5u64, any::<u64>());
-    let text = ("[^\0]{1,200}", "[a-z0-9-]{1,31}", any::<[u8; 16]>(), any::<bool>());
+    let text = ("[^\0]{1,200}", "[a-z0-9-]{1,31}", any::<[u8; 16]>(), any::<bool>(), any::<bool>());
     (sizes, numbers, layout, map, text).prop_map(
-        |((virtual_size, base, block, with_bitmap, known), n, (journal, order, gaps), (first, spare, sum), (name, format, uuid, clean))| {
+        |((virtual_size, base, block, with_bitmap, known), n, (journal, order, gaps), (first, spare, sum), (name, format, uuid, clean, two_files))| {
             let virtual_size = virtual_size / SECTOR * SECTOR;
             let base = base / SECTOR * SECTOR;
             let base_length = if known { base } else { BASE_LENGTH_UNKNOWN };
@@ -90,7 +90,7 @@ fn valid_header() -> impl Strategy<Value = Header> {
                 crypt_method: 0,
                 clean,
                 pristine: clean && !with_bitmap,
-                incompatible: 0,
+                incompatible: if two_files { incompatible::DATA_FILE } else { 0 },
                 compatible: n[1],
                 autoclear: n[2],
                 block_size,
@@ -105,6 +105,8 @@ fn valid_header() -> impl Strategy<Value = Header> {
                 first_commit: n[4],
                 last_batch: n[5],
                 last_checkpoint: n[6],
+                data_name: if two_files { name.clone() } else { String::new() },
+                data_format: if two_files { format.clone() } else { String::new() },
                 base_name: name,
                 base_format: format,
                 regions: [None; REGION_SLOTS],
@@ -126,6 +128,8 @@ fn valid_header() -> impl Strategy<Value = Header> {
                     2 => put(&mut header, RegionKind::Journal, journal << 20, 0),
                     3 => put(&mut header, RegionKind::Bitmap, bitmap_pages * 4096, first),
                     4 => put(&mut header, RegionKind::Profile, 4096, first + bitmap_pages),
+                    // In a file of its own: anywhere.
+                    _ if two_files => header.data_offset = n[1] % (1 << 40) / SECTOR * SECTOR,
                     _ => {
                         header.data_offset = at;
                         at = (at + virtual_size).next_multiple_of(4096);

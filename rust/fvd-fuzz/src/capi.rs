@@ -57,7 +57,7 @@ impl HostQueue {
     fn perform(&self, op: &Pending) -> i64 {
         let mut image = self.files.image.borrow_mut();
         let base = self.files.base.as_ref().filter(|_| op.file == FVD_FILE_BASE);
-        if op.file == FVD_FILE_BASE && base.is_none() {
+        if op.file == FVD_FILE_DATA || (op.file == FVD_FILE_BASE && base.is_none()) {
             return ENOMEDIUM;
         }
         let each = |iov: *const libc::iovec, count: c_int, f: &mut dyn FnMut(u64, *mut u8, usize)| {
@@ -379,6 +379,8 @@ impl Run {
                         flags: flags & FVD_CREATE_COMPACT,
                         chunk_size: if flags & FVD_CREATE_COMPACT == 0 { 0 } else { 64 << 10 },
                         storage_grow_unit: 0,
+                        data_name: null(),
+                        data_format: null(),
                     };
                     self.submit(queue, |q, a| fvd_submit_create(q, &raw const create, Some(done), a.cast()));
                 }

@@ -57,9 +57,10 @@ fn holds(header: &Header, copy: usize) {
     assert_eq!(Header::decode(&header.uuid, copy, &page).as_ref(), Ok(header), "what is encoded is what was decoded");
     assert!(header.virtual_size <= VIRTUAL_SIZE_MAX && header.covered <= header.virtual_size);
     assert!(header.file_length_min() <= i64::MAX as u64 && header.regions_end() >= REGIONS_START);
-    assert!(header.is_compact() || header.flat_data_end() <= header.file_length_min());
+    assert!(header.is_compact() || header.flat_data_end() <= header.file_length_min().max(header.data_length_min()));
+    assert_eq!(header.has_data_file(), !header.data_name.is_empty());
     let mut places: Vec<(u64, u64)> = header.regions.iter().flatten().map(|r| (r.offset, r.end())).collect();
-    if header.virtual_size > 0 {
+    if header.virtual_size > 0 && !header.has_data_file() {
         places.push((header.data_offset, header.flat_data_end()));
     }
     places.sort_unstable();

@@ -134,10 +134,12 @@ pub struct Counts {
     pub ops: u64,
 }
 
-/// The world of a queue: one image file, perhaps a base.
+/// The world of a queue: one image file, a data file, perhaps a base.
 pub struct World {
     /// The image file.
     pub image: RefCell<File>,
+    /// The data file of images whose header says that they have one: a long hole.
+    data: RefCell<File>,
     /// The base.
     pub base: Option<Vec<u8>>,
     /// Counters.
@@ -184,6 +186,7 @@ impl World {
     pub fn new(image: File, base: Option<Vec<u8>>) -> Rc<Self> {
         Rc::new(Self {
             image: RefCell::new(image),
+            data: RefCell::new(File { len: 1 << 30, ..File::default() }),
             base,
             counts: Cell::default(),
             pending: RefCell::default(),
@@ -207,7 +210,7 @@ impl World {
             self.counts.set(counts);
             return ENOMEDIUM;
         }
-        let mut file = self.image.borrow_mut();
+        let mut file = if op.file == FileId::Data { self.data.borrow_mut() } else { self.image.borrow_mut() };
         let len = if base { self.base.as_ref().map_or(0, Vec::len) as u64 } else { file.len };
         match op.kind {
             OpKind::Read => {

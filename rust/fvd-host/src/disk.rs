@@ -72,7 +72,7 @@ pub fn random(mut to: &mut [u8]) {
 pub struct Progress {
     /// Since the call began.
     pub elapsed: Duration,
-    /// One past the furthest byte touched in the image file.
+    /// One past the furthest byte touched in the image file, or the data file.
     pub image_reached: u64,
     /// One past the furthest byte touched in the base.
     pub base_reached: u64,
@@ -112,7 +112,7 @@ pub(crate) fn wait(io: &FileIo, queue: &Rc<Queue<LocalHost>>, request: Request<I
         let elapsed = begin.elapsed();
         if elapsed >= next_tick {
             next_tick = elapsed + TICK;
-            tick(Progress { elapsed, image_reached: io.reached(FileId::Image), base_reached: io.reached(FileId::Base) });
+            tick(Progress { elapsed, image_reached: io.reached(FileId::Image).max(io.reached(FileId::Data)), base_reached: io.reached(FileId::Base) });
         }
     }
 }
@@ -125,19 +125,24 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Makes an image at `path`; what is there is overwritten unless it is in use. `open_base`
+    /// Makes an image at `path`, and its data file; what is there is overwritten unless it is in use. `open_base`
     /// says whether the base named in `params` is opened, or only its name recorded.
     pub fn create(path: &Path, params: &CreateParams, open_base: bool, options: &Options, tick: &mut dyn FnMut(Progress)) -> Result<()> {
         let base = (open_base && !params.base_name.is_empty()).then_some((params.base_name.as_str(), params.base_format.as_str()));
         let options = Options { read_only: false, ..options.clone() };
         let existed = path.symlink_metadata().is_ok();
-        let made = Files::create(path, base, &options).and_then(|files| {
+        let data = Some(params.data_name.as_str()).filter(|name| !name.is_empty());
+        let data_path = data.and_then(|name| crate::base_path(path, name).ok()).filter(|path| path.symlink_metadata().is_err());
+        let made = Files::create(path, base, data, &options).and_then(|files| {
             let disk = Self::over(files, &options, false)?;
             disk.request(Request::Create(Box::new(params.clone())), tick)?;
             disk.settle()
         });
         if made.is_err() && !existed {
             // Nothing was there before. If it cannot be removed, the first error still counts.
+            let _ = std::fs::remove_file(path);
+        }
+        if let Some(path) = data_path.filter(|_| made.is_err()) {
             let _ = std::fs::remove_file(path);
         }
         made
@@ -157,7 +162,7 @@ impl Disk {
 
     /// Reads only what describes the image at `path`; needs no base and opens none.
     pub fn inspect(path: &Path, options: &Options) -> Result<(Info, Arc<Files>)> {
-        let options = Options { read_only: true, allow_base: false, ..options.clone() };
+        let options = Options { read_only: true, allow_base: false, allow_data: false, ..options.clone() };
         let disk = Self::over(Files::open(path, &options)?, &options, true)?;
         disk.request(Request::Open, &mut |_| {})?;
         Ok((disk.image.info()?, Arc::clone(disk.io.files())))

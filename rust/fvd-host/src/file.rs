@@ -234,13 +234,14 @@ impl FileIo {
         match self.raw(file) {
             Some(_) => self.submit_raw(token, op),
             None if file == FileId::Base => self.submit_nested(token, op),
-            None => self.finish_now(token, op, -i64::from(libc::EBADF)),
+            None => self.finish_now(token, op, -i64::from(libc::ENOMEDIUM)),
         }
     }
 
     fn raw(&self, file: FileId) -> Option<&RawFile> {
         match (file, &self.files.base) {
             (FileId::Image, _) => Some(&self.files.image),
+            (FileId::Data, _) => self.files.data.as_ref(),
             (FileId::Base, Some(BaseFile::Raw(raw))) => Some(raw),
             _ => None,
         }
@@ -282,8 +283,8 @@ impl FileIo {
         let files = Arc::clone(&self.files);
         let mailbox = Arc::clone(&self.mailbox);
         self.reactor.pool.run(move || {
-            let raw = match (file, &files.base) {
-                (FileId::Base, Some(BaseFile::Raw(raw))) => raw,
+            let raw = match (file, &files.base, &files.data) {
+                (FileId::Base, Some(BaseFile::Raw(raw)), _) | (FileId::Data, _, Some(raw)) => raw,
                 _ => &files.image,
             };
             let ret = match kind {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The files of an image: opened once, used by every thread. The base may be a chain of images.
 //!
-//! A base is opened only when the caller allows it, by the format the header states: nothing is
+//! A base or a data file is opened only when the caller allows it, by the format the header states: nothing is
 //! ever probed. The header is read through the engine; this crate knows no format.
 
 use crate::disk::LocalHost;
@@ -10,6 +10,7 @@ use crate::pool::Pool;
 use crate::raw::{How, Identity, RawFile};
 use fvd_engine::host::{FILES, FileId, Limits, LogLevel};
 use fvd_engine::{Config, Error, Image, Kind, Queue, Request, Result};
+use fvd_format::Header;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -28,6 +29,10 @@ pub struct Options {
     pub no_lock: bool,
     /// Open the base that the header names.
     pub allow_base: bool,
+    /// Open the data file that the header names, of bases too. An image that has one cannot be read without.
+    pub allow_data: bool,
+    /// Only metadata is needed: the data file may be missing or too short. With `read_only`.
+    pub metadata_only: bool,
     /// Longest chain of bases: 0 means the format's limit of 64, which is also the most.
     pub depth_max: u32,
     /// Do all I/O by threads, as with `FVD_HOST_AIO=threads`.
@@ -41,7 +46,7 @@ pub struct Options {
 impl Options {
     /// The engine's configuration to go with these options.
     pub fn config(&self, limits: [Limits; FILES]) -> Config {
-        let mut config = Config { limits, read_only: self.read_only, ..Config::default() };
+        let mut config = Config { limits, read_only: self.read_only, metadata_only: self.metadata_only, ..Config::default() };
         if self.metadata_memory != 0 {
             config.metadata_memory = self.metadata_memory;
         }
@@ -73,6 +78,7 @@ pub(crate) enum BaseFile {
 /// See the module's text.
 pub struct Files {
     pub(crate) image: RawFile,
+    pub(crate) data: Option<RawFile>,
     pub(crate) base: Option<BaseFile>,
     pub(crate) pool: Arc<Pool>,
     #[cfg_attr(not(feature = "uring"), allow(dead_code))] // Then there is nothing to choose.
@@ -81,18 +87,18 @@ pub struct Files {
 }
 
 impl Files {
-    /// Opens the image, and its base where the options say so.
+    /// Opens the image, its base and its data file where the options say so.
     pub fn open(path: &Path, options: &Options) -> Result<Arc<Self>> {
         let raw = RawFile::open(path, options.how())?;
         raw.lock(options.how())?;
         let mut chain = Chain { options, seen: vec![raw.identity] };
-        chain.complete(raw)
+        chain.complete(raw, options.how(), options.metadata_only)
     }
 
     /// Opens an image that is to be made, or made anew: the file is there afterwards, with the
     /// content it had; the engine empties it once it has found nothing wrong. `base`: name,
-    /// relative to the image, and format.
-    pub fn create(path: &Path, base: Option<(&str, &str)>, options: &Options) -> Result<Arc<Self>> {
+    /// relative to the image, and format. `data`: name of the data file, likewise, which is there afterwards too.
+    pub fn create(path: &Path, base: Option<(&str, &str)>, data: Option<&str>, options: &Options) -> Result<Arc<Self>> {
         let how = How { write: true, create: true, ..options.how() };
         // The base first: a wrong one must not cost the file its content, or leave a new one behind.
         let mut chain = Chain { options: &Options { allow_base: true, ..options.clone() }, seen: Vec::new() };
@@ -102,13 +108,18 @@ impl Files {
             return Err(Error::new(Kind::Invalid, format!("'{}' cannot be made: it is in the chain of its own base", path.display())));
         }
         raw.lock(how)?;
-        Ok(chain.files(raw, base))
+        chain.seen.push(raw.identity);
+        let data = data.map(|name| chain.open_data(path, name, "raw", how)).transpose()?;
+        Ok(chain.files(raw, data, base))
     }
 
     /// What the files can do, by [`FileId`].
     pub fn limits(&self) -> [Limits; FILES] {
         let mut limits = [Limits::default(); FILES];
         limits[FileId::Image as usize] = self.image.limits;
+        if let Some(data) = &self.data {
+            limits[FileId::Data as usize] = data.limits;
+        }
         if let Some(BaseFile::Raw(raw)) = &self.base {
             limits[FileId::Base as usize] = raw.limits;
         }
@@ -126,12 +137,16 @@ impl Files {
     }
 }
 
-/// Where a base lies: names are relative to the directory of the image that names them.
+/// Where a base or a data file lies: names are relative to the directory of the image that names them.
 pub fn base_path(image: &Path, name: &str) -> Result<PathBuf> {
+    full_path("base", image, name)
+}
+
+fn full_path(what: &str, image: &Path, name: &str) -> Result<PathBuf> {
     let name = name.strip_prefix("file:").unwrap_or(name);
     let head = name.split('/').next().unwrap_or_default();
     if head.contains(':') {
-        let text = format!("base '{name}' is no plain path; this program opens files only");
+        let text = format!("{what} '{name}' is no plain path; this program opens files only");
         return Err(Error::new(Kind::Unsupported, text));
     }
     Ok(image.parent().unwrap_or(Path::new("")).join(name))
@@ -144,23 +159,53 @@ struct Chain<'a> {
 }
 
 impl Chain<'_> {
-    fn files(&self, image: RawFile, base: Option<BaseFile>) -> Arc<Files> {
+    fn files(&self, image: RawFile, data: Option<RawFile>, base: Option<BaseFile>) -> Arc<Files> {
         let threads = self.options.threads || std::env::var_os("FVD_HOST_AIO").is_some_and(|value| value == "threads");
-        Arc::new(Files { image, base, pool: Arc::default(), threads, log: self.options.log.clone() })
+        Arc::new(Files { image, data, base, pool: Arc::default(), threads, log: self.options.log.clone() })
     }
 
-    /// Adds the base that the header of `raw` names, if it may be opened.
-    fn complete(&mut self, raw: RawFile) -> Result<Arc<Files>> {
-        let files = self.files(raw, None);
-        if !self.options.allow_base {
+    /// Adds the base and the data file that the header of `raw` names, if they may be opened; the latter as
+    /// `how` says. `lenient`: a data file that cannot be opened is left to a check.
+    fn complete(&mut self, raw: RawFile, how: How, lenient: bool) -> Result<Arc<Files>> {
+        let files = self.files(raw, None, None);
+        if !self.options.allow_base && !self.options.allow_data {
             return Ok(files);
         }
         // An image whose header cannot be read says so when it is opened; not here.
-        let Some((name, format)) = header_base(&files) else { return Ok(files) };
-        let base = self.open_base(files.path(), &name, &format)?;
+        let Some(header) = header_of(&files) else { return Ok(files) };
+        let base = if self.options.allow_base && !header.base_name.is_empty() { Some(self.open_base(files.path(), &header.base_name, &header.base_format)?) } else { None };
+        let data = match header.data_name.as_str() {
+            "" => None,
+            _ if !self.options.allow_data => None,
+            name => match self.open_data(files.path(), name, &header.data_format, how) {
+                Err(error) if lenient => {
+                    if let Some(log) = &self.options.log {
+                        log(LogLevel::Warning, &error.text);
+                    }
+                    None
+                }
+                other => Some(other?),
+            },
+        };
         let mut files = Arc::into_inner(files).expect("nobody else has the files yet");
-        files.base = Some(base);
+        (files.base, files.data) = (base, data);
         Ok(Arc::new(files))
+    }
+
+    fn open_data(&mut self, image: &Path, name: &str, format: &str, how: How) -> Result<RawFile> {
+        let within = |error: Error| error.context(&format!("data file of '{}'", image.display()));
+        let path = full_path("data file", image, name).map_err(within)?;
+        if format != "raw" {
+            let text = format!("'{}': format '{format}' is not supported here, only raw", path.display());
+            return Err(within(Error::new(Kind::Unsupported, text)));
+        }
+        let raw = RawFile::open(&path, how).map_err(within)?;
+        if self.seen.contains(&raw.identity) {
+            return Err(within(Error::new(Kind::Invalid, format!("'{}' is the image itself, or in its chain of bases", path.display()))));
+        }
+        self.seen.push(raw.identity);
+        raw.lock(how).map_err(within)?;
+        Ok(raw)
     }
 
     fn open_base(&mut self, image: &Path, name: &str, format: &str) -> Result<BaseFile> {
@@ -185,8 +230,8 @@ impl Chain<'_> {
         if format == "raw" {
             return Ok(BaseFile::Raw(raw));
         }
-        let files = self.complete(raw)?;
-        let config = Config { read_only: true, ..self.options.config(files.limits()) };
+        let files = self.complete(raw, how, false)?;
+        let config = Config { read_only: true, metadata_only: false, ..self.options.config(files.limits()) };
         let image = open_image(&files, config).map_err(|error| error.context(&format!("'{}'", path.display())))?;
         let length = image.info()?.header.virtual_size;
         Ok(BaseFile::Fvd(Box::new(FvdBase { image, files, length })))
@@ -205,9 +250,8 @@ fn open_image(files: &Arc<Files>, config: Config) -> Result<Arc<Image>> {
     Ok(image)
 }
 
-/// Name and format of the base in an image's header, if it can be read and has one.
-fn header_base(files: &Arc<Files>) -> Option<(String, String)> {
+/// An image's header, if it can be read.
+fn header_of(files: &Arc<Files>) -> Option<Header> {
     let config = Config { limits: files.limits(), read_only: true, no_io: true, ..Config::default() };
-    let header = open_image(files, config).ok()?.info().ok()?.header;
-    (!header.base_name.is_empty()).then_some((header.base_name, header.base_format))
+    Some(open_image(files, config).ok()?.info().ok()?.header)
 }

@@ -281,3 +281,76 @@ fn images_and_files_may_be_shared_by_threads() {
     assert_shared::<fvd_host::Files>();
     assert_shared::<fvd_host::WakeHandle>();
 }
+
+#[test]
+#[allow(clippy::explicit_write)] // The harness would keep a macro's text back.
+fn a_data_file_is_opened_only_when_allowed_and_holds_the_disk() {
+    for (threads, direct, compact) in [(false, false, false), (true, false, false), (false, true, false), (false, false, true)] {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let (path, data) = (dir.path().join("disk.fvd"), dir.path().join("disk.raw"));
+        let made = CreateParams { data_name: "disk.raw".into(), data_format: "raw".into(), compact, ..params(Some(2 * MIB + 512), "", "") };
+        create(&path, &made).unwrap();
+        assert_eq!(std::fs::metadata(&data).unwrap().len(), if compact { 0 } else { 2 * MIB + 512 });
+        let error = Disk::open(&path, &Options::default()).err().unwrap();
+        assert!(error.text.contains("'disk.raw' is missing"), "{error}");
+        let options = Options { allow_data: true, threads, direct, ..Options::default() };
+        let disk = match Disk::open(&path, &options) {
+            Ok(disk) => disk,
+            Err(error) if direct => {
+                use std::io::Write;
+                writeln!(std::io::stderr(), "SKIPPED: no direct I/O here: {error}").unwrap();
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let mut model = vec![0; 2 * MIB as usize + 512];
+        for (offset, len) in [(0, 512), (5000, 300_001), (2 * MIB as usize, 512)] {
+            let bytes = pattern(len, 7);
+            model[offset..offset + len].copy_from_slice(&bytes);
+            disk.pwrite(&bytes, offset as u64, true).unwrap();
+        }
+        assert!(all(&disk) == model);
+        // QEMU's locks are on both.
+        let busy = Disk::open(&path, &Options { read_only: true, ..options.clone() }).err().unwrap();
+        assert!(matches!(busy.kind, Kind::Host(libc::EAGAIN)), "{busy:?}");
+        disk.close().unwrap();
+        if !compact {
+            let found = std::fs::read(&data).unwrap();
+            assert!(found[..model.len()] == model && found.len() - model.len() < 4096);
+        }
+        // As a base of another image it is needed too.
+        let over = dir.path().join("over.fvd");
+        create(&over, &CreateParams { virtual_size: Some(2 * MIB), ..params(None, "disk.fvd", "fvd") }).err().unwrap();
+        let both = Options { allow_base: true, allow_data: true, ..Options::default() };
+        Disk::create(&over, &params(None, "disk.fvd", "fvd"), true, &both, &mut |_| {}).unwrap();
+        assert!(all(&Disk::open(&over, &both).unwrap()) == model);
+        // Gone: the metadata can be looked at, and nothing else.
+        std::fs::remove_file(&data).unwrap();
+        let error = Disk::open(&path, &options).err().unwrap();
+        assert!(error.text.contains("disk.raw") && error.kind == Kind::Host(libc::ENOENT), "{error:?}");
+        assert_eq!(Disk::inspect(&path, &options).unwrap().0.header.data_name, "disk.raw");
+        let disk = Disk::open(&path, &Options { metadata_only: true, read_only: true, ..options }).unwrap();
+        assert_eq!(disk.check(fvd_engine::Repair::None, &mut |_| {}).unwrap().corruptions, 1);
+        assert!(disk.pread(&mut [0; 512], 0).is_err());
+    }
+}
+
+#[test]
+fn a_data_file_that_cannot_be_one_costs_nothing() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = dir.path().join("disk.fvd");
+    let with = |name: &str| CreateParams { data_name: name.into(), data_format: "raw".into(), ..params(Some(MIB), "", "") };
+    for (name, text) in [("disk.fvd", "the image itself"), ("no/x.raw", "no/x.raw"), ("nbd:x.raw", "no plain path")] {
+        let error = create(&path, &with(name)).unwrap_err();
+        assert!(error.text.contains(text), "{error}");
+        assert!(!path.exists());
+    }
+    // Parameters that the engine refuses leave neither file.
+    let bad = CreateParams { block_size: 5000, ..with("disk.raw") };
+    create(&path, &bad).unwrap_err();
+    assert!(!path.exists() && !dir.path().join("disk.raw").exists());
+    std::fs::write(dir.path().join("base.raw"), vec![1; MIB as usize]).unwrap();
+    let error = create(&path, &CreateParams { data_name: "base.raw".into(), data_format: "raw".into(), ..params(None, "base.raw", "raw") }).unwrap_err();
+    assert!(error.text.contains("chain of bases"), "{error}");
+    assert_eq!(std::fs::read(dir.path().join("base.raw")).unwrap(), vec![1; MIB as usize]);
+}

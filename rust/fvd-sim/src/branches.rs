@@ -13,7 +13,7 @@ use crate::exhaustive::judge::header_of;
 use crate::plan::Cut;
 use crate::prng::{Prng, mix};
 use crate::run::{Report, Run, Verdict, until_done};
-use crate::store::Store;
+use crate::store::Files;
 use crate::world::{Remains, World};
 use fvd_engine::Request;
 use std::cell::RefCell;
@@ -27,29 +27,29 @@ const CUTS: u64 = 2;
 impl Run<'_> {
     /// Recovers what a cut may leave as well: one outcome for each of `seeds`, unless it is equal to
     /// the plan's own, `left`, or to another.
-    pub(crate) fn branches(&mut self, remains: &Remains, left: &Store, seeds: &[u64]) -> Verdict<()> {
+    pub(crate) fn branches(&mut self, remains: &Remains, left: &Files, seeds: &[u64]) -> Verdict<()> {
         if seeds.is_empty() || self.model.is_none() {
             return Ok(());
         }
-        let stable = &remains.disk.stable;
+        let stable = &remains.stable();
         let mut seen = vec![left.hash_beside(stable)];
         for seed in seeds {
-            let bytes = remains.cut(&Keep::Seeded(*seed));
+            let files = remains.cut(&Keep::Seeded(*seed));
             // What cannot be read must be opened too, and fails there.
-            if header_of(&bytes).is_ok_and(|header| header.clean) {
+            if header_of(&files.image).is_ok_and(|header| header.clean) {
                 continue;
             }
-            let hash = bytes.hash_beside(stable);
+            let hash = files.hash_beside(stable);
             if seen.contains(&hash) {
                 continue;
             }
             seen.push(hash);
-            self.branch(bytes, *seed).map_err(|text| format!("in the branch {seed:#x}, which another outcome of the cut begins: {text}"))?;
+            self.branch(files, *seed).map_err(|text| format!("in the branch {seed:#x}, which another outcome of the cut begins: {text}"))?;
         }
         Ok(())
     }
 
-    fn branch(&mut self, bytes: Store, seed: u64) -> Verdict<()> {
+    fn branch(&mut self, files: Files, seed: u64) -> Verdict<()> {
         let model = self.model.as_ref().expect("an image that was made").borrow().clone();
         let mut branch = Run {
             plan: self.plan,
@@ -57,7 +57,7 @@ impl Run<'_> {
             fault: self.fault,
             trace: self.trace,
             report: Report::default(),
-            bytes,
+            files,
             model: Some(Rc::new(RefCell::new(model))),
             cells: self.cells,
             maybe_cells: self.maybe_cells,

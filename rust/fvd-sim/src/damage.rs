@@ -4,7 +4,7 @@
 //! was not.
 
 use crate::prng::Prng;
-use crate::store::{PAGE, Store};
+use crate::store::{Files, PAGE, Store};
 use fvd_format::header::HEADER_OFFSETS;
 use fvd_format::journal::{CommitId, Scanner};
 use fvd_format::page::{self, PageHeader};
@@ -12,10 +12,12 @@ use fvd_format::{Header, PageZero, RegionKind};
 
 /// A damaged file.
 pub struct Harmed {
-    /// Its bytes.
-    pub bytes: Store,
+    /// Its files.
+    pub files: Files,
     /// For people.
     pub what: String,
+    /// The data file is too short: the metadata may be looked at.
+    pub in_data: bool,
     /// No open may succeed.
     pub must_not_open: bool,
     /// Data may be wrong, but a check must say so.
@@ -28,12 +30,13 @@ fn header_of(bytes: &Store) -> Option<Header> {
     Header::decode(&zero.uuid, 1, bytes.page(HEADER_OFFSETS[0] / PAGE as u64)?).ok()
 }
 
-/// Damages a copy of `bytes`; `older` is the same file at an earlier close.
-pub fn draw(bytes: &Store, older: Option<&Store>, prng: &mut Prng) -> Option<Harmed> {
+/// Damages a copy of `files`; `older` are the same at an earlier close.
+pub fn draw(files: &Files, older: Option<&Files>, prng: &mut Prng) -> Option<Harmed> {
+    let bytes = &files.image;
     let header = header_of(bytes)?;
-    let pages = bytes.pages(header.data_offset);
+    let pages = bytes.pages(if header.has_data_file() { u64::MAX } else { header.data_offset });
     let victim = pages[prng.below(pages.len() as u64) as usize];
-    let mut harmed = Harmed { bytes: bytes.clone(), what: String::new(), must_not_open: false, check_must_find: false };
+    let mut harmed = Harmed { files: files.clone(), what: String::new(), in_data: false, must_not_open: false, check_must_find: false };
     let at = victim * PAGE as u64;
     match prng.below(6) {
         0 | 1 => {
@@ -43,7 +46,7 @@ pub fn draw(bytes: &Store, older: Option<&Store>, prng: &mut Prng) -> Option<Har
                 page[bit / 8] ^= 1 << (bit % 8);
             }
             harmed.what = format!("rot in page {victim}");
-            harmed.bytes.write(at, &page);
+            harmed.files.image.write(at, &page);
         }
         2 => {
             let other = pages[prng.below(pages.len() as u64) as usize];
@@ -53,14 +56,20 @@ pub fn draw(bytes: &Store, older: Option<&Store>, prng: &mut Prng) -> Option<Har
                 return None;
             }
             harmed.what = format!("page {other} written to {victim}");
-            harmed.bytes.write(at, bytes.page(other)?);
+            harmed.files.image.write(at, bytes.page(other)?);
         }
         3 => foreign(&mut harmed, &header, prng)?,
-        4 => lost(&mut harmed, &header, older?, prng)?,
+        4 => lost(&mut harmed, &header, &older?.image, prng)?,
+        _ if header.data_length_min() > 0 && prng.chance(50) => {
+            let len = prng.below(header.data_length_min());
+            harmed.what = format!("the data file cut to {len} bytes");
+            harmed.files.data.resize(len);
+            (harmed.in_data, harmed.must_not_open) = (true, true);
+        }
         _ => {
             let len = prng.below(header.file_length_min());
             harmed.what = format!("the file cut to {len} bytes");
-            harmed.bytes.resize(len);
+            harmed.files.image.resize(len);
             harmed.must_not_open = true;
         }
     }
@@ -68,7 +77,8 @@ pub fn draw(bytes: &Store, older: Option<&Store>, prng: &mut Prng) -> Option<Har
 }
 
 /// A unit of the journal rots, and whole commits follow it: no power cut does that (CC-32).
-pub fn journal(bytes: &Store, prng: &mut Prng) -> Option<Harmed> {
+pub fn journal(files: &Files, prng: &mut Prng) -> Option<Harmed> {
+    let bytes = &files.image;
     let zero = PageZero::decode(bytes.page(0)?).ok()?;
     let [one, two] = [bytes.page(HEADER_OFFSETS[0] / PAGE as u64)?, bytes.page(HEADER_OFFSETS[1] / PAGE as u64)?];
     let header = Header::choose(&zero.uuid, one, two).ok().filter(|header| !header.clean)?;
@@ -86,8 +96,8 @@ pub fn journal(bytes: &Store, prng: &mut Prng) -> Option<Harmed> {
     let mut page = *bytes.page(place(seq))?;
     let bit = prng.below(PAGE as u64 * 8) as usize;
     page[bit / 8] ^= 1 << (bit % 8);
-    let mut harmed = Harmed { bytes: bytes.clone(), what: format!("rot in journal unit {seq}"), must_not_open: true, check_must_find: false };
-    harmed.bytes.write(place(seq) * PAGE as u64, &page);
+    let mut harmed = Harmed { files: files.clone(), what: format!("rot in journal unit {seq}"), in_data: false, must_not_open: true, check_must_find: false };
+    harmed.files.image.write(place(seq) * PAGE as u64, &page);
     Some(harmed)
 }
 
@@ -103,20 +113,20 @@ fn stored_page(bytes: &Store, header: &Header, prng: &mut Prng) -> Option<(Regio
 
 /// The same page of another image: all right but for the identity.
 fn foreign(harmed: &mut Harmed, header: &Header, prng: &mut Prng) -> Option<()> {
-    let (kind, _, index, at, head) = stored_page(&harmed.bytes, header, prng)?;
-    let mut page = *harmed.bytes.page(at)?;
+    let (kind, _, index, at, head) = stored_page(&harmed.files.image, header, prng)?;
+    let mut page = *harmed.files.image.page(at)?;
     page[page::HEADER_SIZE] ^= 0xff;
     let mut uuid = header.uuid;
     uuid[3] ^= 1;
     page::seal(&uuid, &head, &mut page);
-    harmed.bytes.write(at * PAGE as u64, &page);
+    harmed.files.image.write(at * PAGE as u64, &page);
     harmed.what = format!("a foreign page {index} of {kind:?}");
     Some(())
 }
 
 /// A write in place that was lost although it was synced: the page is as it was at an earlier close.
 fn lost(harmed: &mut Harmed, header: &Header, older: &Store, prng: &mut Prng) -> Option<()> {
-    let (kind, generation, index, at, head) = stored_page(&harmed.bytes, header, prng)?;
+    let (kind, generation, index, at, head) = stored_page(&harmed.files.image, header, prng)?;
     // A region that is younger has nothing older: a page of an attempt to build it that a cut ended
     // could come back only if two writes were lost, the one of the whole region and the last.
     let region = |header: &Header| header.region(kind).map(|region| (region.generation, region.offset));
@@ -128,7 +138,7 @@ fn lost(harmed: &mut Harmed, header: &Header, older: &Store, prng: &mut Prng) ->
     if before == head || kind == RegionKind::PageMap {
         return None;
     }
-    harmed.bytes.write(at * PAGE as u64, &old);
+    harmed.files.image.write(at * PAGE as u64, &old);
     harmed.what = format!("the last write of page {index} of {kind:?} lost");
     harmed.check_must_find = true;
     Some(())
@@ -136,8 +146,8 @@ fn lost(harmed: &mut Harmed, header: &Header, older: &Store, prng: &mut Prng) ->
 
 /// A file with damage that a repair must make good, but for what nobody can tell.
 pub struct Broken {
-    /// Its bytes.
-    pub bytes: Store,
+    /// Its files.
+    pub files: Files,
     /// For people.
     pub what: String,
     /// Guest bytes that may read as the base or as zero afterwards: start and end.
@@ -148,16 +158,16 @@ pub struct Broken {
     pub unreadable: Vec<(u64, u64)>,
 }
 
-/// Breaks a copy of `bytes` in up to three ways; `grows`: the file may be longer than needed.
-pub fn break_image(bytes: &Store, grows: bool, prng: &mut Prng) -> Option<Broken> {
-    let header = header_of(bytes)?;
+/// Breaks a copy of `files` in up to three ways; `grow`: the image file, the data file may be longer than needed.
+pub fn break_image(files: &Files, grow: [bool; 2], prng: &mut Prng) -> Option<Broken> {
+    let header = header_of(&files.image)?;
     header.region(RegionKind::Journal)?;
-    let mut broken = Broken { bytes: bytes.clone(), what: String::new(), lost: Vec::new(), anything: Vec::new(), unreadable: Vec::new() };
+    let mut broken = Broken { files: files.clone(), what: String::new(), lost: Vec::new(), anything: Vec::new(), unreadable: Vec::new() };
     for _ in 0..prng.between(1, 3) {
         // What does not fit this image is left out.
         let _ = match prng.below(if header.is_compact() { 10 } else { 5 }) {
             0 => rotten_header(&mut broken, prng),
-            1 => longer(&mut broken, grows, prng),
+            1 => longer(&mut broken, &header, grow, prng),
             2 => rotten_page(&mut broken, &header, RegionKind::Bitmap, prng),
             3 => stray_bit(&mut broken, &header),
             4 => miscounted(&mut broken, &header, prng),
@@ -177,7 +187,7 @@ impl Broken {
     /// A page as it is now, and its head.
     fn page(&self, header: &Header, kind: RegionKind, index: u64) -> Option<([u8; PAGE], PageHeader)> {
         let region = header.region(kind)?;
-        let page = *self.bytes.page(region.offset / PAGE as u64 + index)?;
+        let page = *self.files.image.page(region.offset / PAGE as u64 + index)?;
         let head = page::open(&header.uuid, kind, region.generation, index, &page).ok()?;
         Some((page, head))
     }
@@ -185,7 +195,7 @@ impl Broken {
     fn put(&mut self, header: &Header, head: &PageHeader, mut page: [u8; PAGE]) {
         let region = header.region(head.kind).expect("a page of it was read");
         page::seal(&header.uuid, head, &mut page);
-        self.bytes.write(region.offset + head.index * PAGE as u64, &page);
+        self.files.image.write(region.offset + head.index * PAGE as u64, &page);
     }
 
     /// A stored page of the table that has a chunk, such a chunk, and its entry.
@@ -228,19 +238,20 @@ fn rotten_header(broken: &mut Broken, prng: &mut Prng) -> Option<()> {
     }
     let copy = prng.below(2) as usize;
     let at = HEADER_OFFSETS[copy];
-    let mut page = *broken.bytes.page(at / PAGE as u64)?;
+    let mut page = *broken.files.image.page(at / PAGE as u64)?;
     page[prng.below(PAGE as u64) as usize] ^= 0x40;
-    broken.bytes.write(at, &page);
+    broken.files.image.write(at, &page);
     broken.say(format!("rot in header copy {}", copy + 1));
     Some(())
 }
 
-fn longer(broken: &mut Broken, grows: bool, prng: &mut Prng) -> Option<()> {
-    if !grows {
+fn longer(broken: &mut Broken, header: &Header, grow: [bool; 2], prng: &mut Prng) -> Option<()> {
+    let in_data = header.has_data_file() && prng.chance(50);
+    if !grow[usize::from(in_data)] {
         return None;
     }
-    let len = broken.bytes.len().next_multiple_of(PAGE as u64) + prng.between(1, 9) * PAGE as u64;
-    broken.bytes.resize(len);
+    let file = if in_data { &mut broken.files.data } else { &mut broken.files.image };
+    file.resize(file.len().next_multiple_of(PAGE as u64) + prng.between(1, 9) * PAGE as u64);
     broken.say("a longer file".into());
     Some(())
 }
@@ -249,7 +260,7 @@ fn rotten_page(broken: &mut Broken, header: &Header, kind: RegionKind, prng: &mu
     let index = prng.below(header.region(kind)?.pages());
     let (mut page, _) = broken.page(header, kind, index)?;
     page[prng.below(PAGE as u64) as usize] ^= 0x10;
-    broken.bytes.write(header.region(kind)?.offset + index * PAGE as u64, &page);
+    broken.files.image.write(header.region(kind)?.offset + index * PAGE as u64, &page);
     let bytes = spoken_of(header, kind, index);
     broken.lost.push(bytes);
     broken.unreadable.push(bytes);
@@ -283,7 +294,7 @@ fn miscounted(broken: &mut Broken, header: &Header, prng: &mut Prng) -> Option<(
 fn wild_entry(broken: &mut Broken, header: &Header, prng: &mut Prng) -> Option<()> {
     let (head, mut page, chunk, _) = broken.chunk(header, prng)?;
     let size = u64::from(header.chunk_size);
-    let within = header.regions.iter().flatten().find(|r| r.offset >= header.data_offset).map(|r| (r.offset - header.data_offset) / size);
+    let within = header.regions.iter().flatten().find(|r| !header.has_data_file() && r.offset >= header.data_offset).map(|r| (r.offset - header.data_offset) / size);
     let id = within.filter(|_| prng.chance(50)).unwrap_or_else(|| header.chunks_below(header.reach) + prng.below(5000));
     page[entry_at(chunk)..][..4].copy_from_slice(&((id + 1) as u32).to_le_bytes());
     broken.put(header, &head, page);

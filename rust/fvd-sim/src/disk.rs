@@ -37,7 +37,7 @@ pub enum Keep {
     /// As a stream of random numbers says.
     Seeded(u64),
     /// Bit `i`: whether unflushed change `i` survives (the first 64, in order of completion; then
-    /// those under way, in order of issue), whole or torn.
+    /// those under way, in order of issue), whole or torn. Those of a data file come first.
     Subset {
         /// The bits.
         survivors: u64,

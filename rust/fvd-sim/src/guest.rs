@@ -86,7 +86,7 @@ pub struct Guest {
 impl Guest {
     /// The guest of a session.
     pub fn new(world: Rc<World>, model: Rc<RefCell<Model>>, cells: u64, next_tag: Tag) -> Self {
-        let alignment = world.image_alignment();
+        let alignment = world.data_alignment();
         Self { world, model, flights: Vec::new(), next_id: 1, next_tag, cells, maybe_cells: None, ended: 0, has_base: true, fixed: false, compact: false, closing: false, errors: Vec::new(), alignment }
     }
 
@@ -243,7 +243,7 @@ impl Guest {
         let at = shim.offset + shim.done as u64;
         match self.world.lookup(queue, at, left as u64, shim.write) {
             Lookup::Data { file, offset, len, token } => {
-                if len == 0 || len > left as u64 || file != FileId::Image {
+                if len == 0 || len > left as u64 || file != self.world.data_file() {
                     self.world.fail(format!("a lookup of {left} bytes answers {len} in {file:?}"));
                 }
                 (shim.token, shim.piece) = (Some(token), len as usize);
@@ -478,7 +478,7 @@ fn check_status(model: &Model, began: Moment, first: u64, count: u64, reply: &Re
                 0 => offset == header.data_offset + first * cell,
                 _ => offset >= header.data_offset && (offset - header.data_offset) % chunk == first * cell % chunk,
             };
-            if file != FileId::Image || !right {
+            if file != (if header.has_data_file() { FileId::Data } else { FileId::Image }) || !right {
                 return Err(format!("block status of cell {first} names byte {offset} of {file:?}"));
             }
         }

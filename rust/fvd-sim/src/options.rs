@@ -99,6 +99,8 @@ pub struct Options {
     pub preallocate: bool,
     /// What the host's image file and base can do.
     pub limits: [Limits; 2],
+    /// Guest data lies in a file of its own: what that can do.
+    pub data: Option<Limits>,
     /// Queues of the image.
     pub queues: usize,
     /// Requests under way, at most.
@@ -258,6 +260,7 @@ impl Options {
             journal_size: p.pick(&[1 << 20, 1 << 20, 1 << 20, (1 << 20) + (128 << 10)]),
             holes: base == BaseIs::Known && p.chance(30),
             preallocate: crowd == Crowd::Blocks || p.chance(if limits[0].grows_zeroed { 5 } else { 50 }) && bytes <= 4 << 20,
+            data: data_limits(seed, bytes, crowd),
             limits,
             queues: p.pick(&[1, 1, 2, 3]),
             depth: if crowd != Crowd::None { 16 } else { p.pick(&[1, 2, 4, 8, 16]) },
@@ -283,6 +286,11 @@ impl Options {
             },
             wait_for_space: p.chance(50),
         }
+    }
+
+    /// What the file with guest data can do.
+    pub fn data_limits(&self) -> Limits {
+        self.data.unwrap_or(self.limits[0])
     }
 
     /// Bytes of the disk when it is made.
@@ -321,6 +329,18 @@ fn chunks(p: &mut Prng, cell: u64, chunk: u64, few: bool) -> (u64, Vec<u64>, u64
     let cells = sectors * (512 / cell);
     let cells = if cell < 512 { cells.min(1200).next_multiple_of(512 / cell) } else { cells };
     (cells, vec![0], cells)
+}
+
+/// What the data file can do, in one image of four that has one. Drawn apart, so that a seed is otherwise the
+/// same with and without.
+fn data_limits(seed: u64, disk_bytes: u64, crowd: Crowd) -> Option<Limits> {
+    let mut prng = Prng::stream(seed, 5);
+    let mut limits = prng.one_in(4).then(|| host_limits(&mut prng, disk_bytes)[0]);
+    if let Some(limits) = limits.as_mut().filter(|_| crowd == Crowd::Blocks) {
+        limits.request_alignment = limits.request_alignment.min(512);
+        limits.memory_alignment = limits.memory_alignment.min(512);
+    }
+    limits
 }
 
 /// What the host's files can do.

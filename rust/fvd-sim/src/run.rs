@@ -14,7 +14,7 @@ use crate::options::{BaseIs, Options};
 use crate::oracle::Oracle;
 use crate::plan::{Act, Cut, Plan, Session};
 use crate::prng::{Prng, mix};
-use crate::store::Store;
+use crate::store::Files;
 use crate::world::{Failures, Leaks, RequestId, Setup, World};
 use fvd_engine::faults::Fault;
 use fvd_engine::host::{FILES, Limits};
@@ -110,13 +110,13 @@ pub(crate) struct Run<'a> {
     pub(crate) fault: Option<Fault>,
     pub(crate) trace: bool,
     pub(crate) report: Report,
-    pub(crate) bytes: Store,
+    pub(crate) files: Files,
     pub(crate) model: Option<Rc<RefCell<Model>>>,
     pub(crate) cells: u64,
     pub(crate) maybe_cells: Option<u64>,
     pub(crate) next_tag: Tag,
-    /// The file as the last close but one left it.
-    pub(crate) older: Option<Store>,
+    /// The files as the last close but one left them.
+    pub(crate) older: Option<Files>,
     /// A power cut came since the last close.
     pub(crate) unclean: bool,
     /// What may have left unused space in the file.
@@ -132,9 +132,12 @@ enum End {
 impl<'a> Run<'a> {
     pub(crate) fn new(plan: &'a Plan, fault: Option<Fault>, trace: bool) -> Self {
         let options = &plan.options;
-        let mut bytes = Store::default();
+        let mut files = Files::default();
         if !options.limits[0].grows_zeroed {
-            bytes.fill_pages(0, FIXED_LENGTH, GARBAGE_BYTE);
+            files.image.fill_pages(0, FIXED_LENGTH, GARBAGE_BYTE);
+        }
+        if options.data.is_some() && !options.data_limits().grows_zeroed {
+            files.data.fill_pages(0, FIXED_LENGTH, GARBAGE_BYTE);
         }
         Self {
             plan,
@@ -142,7 +145,7 @@ impl<'a> Run<'a> {
             fault,
             trace,
             report: Report::default(),
-            bytes,
+            files,
             model: None,
             cells: options.cells,
             maybe_cells: None,
@@ -170,8 +173,7 @@ impl<'a> Run<'a> {
 
     fn config(&self, read_only: bool) -> Config {
         let options = self.options;
-        let mut limits = [Limits::default(); FILES];
-        (limits[0], limits[2]) = (options.limits[0], options.limits[1]);
+        let limits: [Limits; FILES] = [options.limits[0], options.data_limits(), options.limits[1]];
         Config { limits, read_only, fault: self.fault, checkpoint_after: options.checkpoint_after, batch_pages: options.batch_pages, commit_interval_ns: options.commit_interval_ns, discard_no_unref: options.discard_no_unref, wait_for_space: options.wait_for_space, ..Config::default() }
     }
 
@@ -186,7 +188,8 @@ impl<'a> Run<'a> {
             answer: options.answer,
             leaks: self.leaks,
             trace: self.trace,
-            ..Setup::scripted(self.bytes.clone(), self.base(number), self.config(false))
+            two_files: options.data.is_some(),
+            ..Setup::scripted(self.files.clone(), self.base(number), self.config(false))
         }
     }
 
@@ -207,7 +210,7 @@ impl<'a> Run<'a> {
     pub(crate) fn power_cut(&mut self, world: &Rc<World>, keep: &Keep, branches: &[u64]) -> Verdict<()> {
         world.say(|| format!("power cut: {keep:?}"));
         let remains = world.remains();
-        self.bytes = remains.cut(keep);
+        self.files = remains.cut(keep);
         self.report.totals.cuts += 1;
         self.unclean = true;
         self.leaks = Leaks { disturbed: true, ..world.leaks() };
@@ -215,7 +218,7 @@ impl<'a> Run<'a> {
             model.borrow_mut().oracle.crash();
         }
         self.leave(world)?;
-        let left = self.bytes.clone();
+        let left = self.files.clone();
         self.branches(&remains, &left, branches)
     }
 
@@ -229,6 +232,8 @@ impl<'a> Run<'a> {
             base_name: if named { "base".into() } else { String::new() },
             base_format: if named { "raw".into() } else { String::new() },
             detect_sparse_hole: u64::from(options.holes),
+            data_name: if options.data.is_some() { "disk.raw".into() } else { String::new() },
+            data_format: if options.data.is_some() { "raw".into() } else { String::new() },
             preallocation: if options.preallocate { Preallocation::Full } else { Preallocation::Off },
             compact: options.chunk_size > 0,
             chunk_size: options.chunk_size,
@@ -253,7 +258,7 @@ impl<'a> Run<'a> {
                 return Err(format!("creation fails: {error}"));
             }
             // Nothing may be lost any more.
-            self.bytes = world.cut(&Keep::Seeded(self.options.seed));
+            self.files = world.cut(&Keep::Seeded(self.options.seed));
             self.leave(&world)?;
             if cut.is_none() {
                 break;
@@ -262,9 +267,10 @@ impl<'a> Run<'a> {
         self.unclean = false;
         self.leaks.disturbed = false;
         let header = self.read_header()?;
-        if header.is_compact() && !self.options.limits[0].grows_zeroed && !self.options.preallocate {
+        if header.is_compact() && !self.options.data_limits().grows_zeroed && !self.options.preallocate {
             // A device with room for so much.
-            self.bytes.resize(header.data_offset + self.options.fixed_room);
+            let file = if header.has_data_file() { &mut self.files.data } else { &mut self.files.image };
+            file.resize(header.data_offset + self.options.fixed_room);
         }
         self.model = Some(Rc::new(RefCell::new(self.make_model(&header))));
         Ok(())
@@ -296,7 +302,7 @@ impl<'a> Run<'a> {
     pub(crate) fn make_model(&self, header: &Header) -> Model {
         let options = self.options;
         let geometry = Geometry::new(options.cell, options.cells, options.starts.clone(), options.window);
-        let beyond = if options.limits[0].grows_zeroed || options.preallocate || options.chunk_size > 0 { ZERO } else { GARBAGE };
+        let beyond = if options.data_limits().grows_zeroed || options.preallocate || options.chunk_size > 0 { ZERO } else { GARBAGE };
         let covered = if header.pristine { u64::MAX } else { header.covered };
         let tag = |i| if geometry.cell_at(i) * options.cell < covered { BASE } else { beyond };
         let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
@@ -341,7 +347,7 @@ impl<'a> Run<'a> {
             }
             End::Closed => {
                 // Whatever was done before is durable, so that this takes nothing away.
-                self.bytes = world.cut(&Keep::Seeded(session.seed));
+                self.files = world.cut(&Keep::Seeded(session.seed));
                 self.leave(&world)?;
                 self.unclean = false;
                 self.leaks = world.leaks();
@@ -357,7 +363,7 @@ impl<'a> Run<'a> {
         if !info.was_clean {
             self.report.totals.recoveries += 1;
         }
-        world.set_metadata_end(info.header.data_offset);
+        world.set_metadata_end(&info.header);
         let cells = info.header.virtual_size / self.options.cell;
         if let Some(to) = self.maybe_cells.take().filter(|to| *to == cells) {
             let model = &mut *self.model.as_ref().expect("made").borrow_mut();
@@ -377,7 +383,7 @@ impl<'a> Run<'a> {
         }
         let mut guest = Guest::new(world.clone(), self.model(), self.cells, self.next_tag);
         guest.has_base = self.options.base != BaseIs::None;
-        guest.fixed = !self.options.limits[0].grows_zeroed;
+        guest.fixed = !self.options.limits[0].grows_zeroed || !self.options.data_limits().grows_zeroed;
         guest.compact = self.options.chunk_size > 0;
         let mut end = drive(&mut guest, world, session, self.options.depth, prng.chance(30));
         if end == Ok(true) && guest.under_way() == 0 && prng.chance(25) {
@@ -409,7 +415,7 @@ impl<'a> Run<'a> {
         if world.counters().injected > 0 {
             return Ok(true);
         }
-        let mut setup = Setup { bytes: world.disk().stable.clone(), ..self.setup(self.options.seed, 1) };
+        let mut setup = Setup { files: world.stable(), ..self.setup(self.options.seed, 1) };
         setup.config.read_only = true;
         let after = World::new(setup, Checker::new(Mode::ReadOnly, None));
         let opened = after.request(0, Request::Open).ok_or("a read-only open hangs")?;
@@ -497,13 +503,13 @@ impl<'a> Run<'a> {
         self.read_all(&world, None)?;
         self.ask_check(&world)?;
         world.request(0, Request::Close).ok_or("a close hangs")?.map_err(|error| format!("a close fails: {error}"))?;
-        self.bytes = world.disk().stable.clone();
+        self.files = world.stable();
         self.leave(&world)
     }
 
     fn after_cut(&mut self, session: &Session) -> Verdict<()> {
         let Some(seed) = session.damage else { return Ok(()) };
-        match damage::journal(&self.bytes, &mut Prng::new(seed)) {
+        match damage::journal(&self.files, &mut Prng::new(seed)) {
             Some(harmed) => self.open_damaged(&harmed, false, seed),
             None => Ok(()),
         }
@@ -512,28 +518,31 @@ impl<'a> Run<'a> {
     fn after_close(&mut self, session: &Session) -> Verdict<()> {
         if let Some(seed) = session.damage {
             let mut prng = Prng::new(seed);
-            let harmed = damage::draw(&self.bytes, self.older.as_ref(), &mut prng);
+            let harmed = damage::draw(&self.files, self.older.as_ref(), &mut prng);
             if let Some(harmed) = harmed {
                 self.open_damaged(&harmed, prng.chance(50), seed)?;
             }
-            let grows = self.options.limits[0].grows_zeroed;
-            if let Some(broken) = damage::break_image(&self.bytes, grows, &mut prng) {
+            let grow = [&self.options.limits[0], &self.options.data_limits()].map(|limits| limits.grows_zeroed);
+            if let Some(broken) = damage::break_image(&self.files, grow, &mut prng) {
                 self.repair(&broken, &mut prng)?;
             }
         }
-        self.older = Some(self.bytes.clone());
+        self.older = Some(self.files.clone());
         Ok(())
     }
 
     /// Opens a damaged copy: an error, or nothing but right data; a lost page is found by check.
     fn open_damaged(&mut self, harmed: &damage::Harmed, read_only: bool, seed: u64) -> Verdict<()> {
         self.report.totals.damaged += 1;
-        let mut setup = Setup { bytes: harmed.bytes.clone(), ..self.setup(seed, 1) };
+        let mut setup = Setup { files: harmed.files.clone(), ..self.setup(seed, 1) };
         setup.config.read_only = read_only;
         setup.failures = Failures::default();
         let world = World::new(setup, Checker::new(if read_only { Mode::ReadOnly } else { Mode::Damaged }, None));
         let what = &harmed.what;
         let opened = world.request(0, Request::Open).ok_or_else(|| format!("an open hangs after {what}"))?;
+        if harmed.in_data {
+            self.look_at_metadata(harmed, seed)?;
+        }
         if opened.is_ok() {
             if harmed.must_not_open {
                 return Err(format!("the image opens after {what}"));
@@ -545,6 +554,26 @@ impl<'a> Run<'a> {
             if !harmed.check_must_find {
                 self.read_damaged(&world, what)?;
             }
+        }
+        self.leave(&world)
+    }
+
+    /// An image whose data file is too short: its metadata can be looked at, and a check says what is wrong.
+    fn look_at_metadata(&mut self, harmed: &damage::Harmed, seed: u64) -> Verdict<()> {
+        let mut setup = Setup { files: harmed.files.clone(), ..self.setup(seed, 1) };
+        setup.config.metadata_only = true;
+        setup.failures = Failures::default();
+        let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
+        let what = &harmed.what;
+        let opened = world.request(0, Request::Open).ok_or_else(|| format!("an open for metadata hangs after {what}"))?;
+        opened.map_err(|error| format!("an open for metadata fails after {what}: {error}"))?;
+        match world.request(0, Request::Check { repair: Repair::None }) {
+            Some(Ok(Reply::Check(report))) if report.corruptions == 1 => {}
+            other => return Err(format!("a check for metadata answers {other:?} after {what}")),
+        }
+        let buf = Buf::new(vec![0; 512], 0);
+        if !matches!(world.request(0, Request::Read { offset: 0, buf }), Some(Err(error)) if error.kind == Kind::State) {
+            return Err(format!("an open for metadata reads guest data after {what}"));
         }
         self.leave(&world)
     }
@@ -576,16 +605,16 @@ impl Run<'_> {
     /// not under damaged metadata reads right all the time.
     fn repair(&mut self, broken: &Broken, prng: &mut Prng) -> Verdict<()> {
         self.report.totals.repaired += 1;
-        self.look_at_broken(broken, &broken.bytes, false, prng.bits()).map_err(|text| format!("{text}, after {}", broken.what))?;
-        let mut bytes = broken.bytes.clone();
+        self.look_at_broken(broken, &broken.files, false, prng.bits()).map_err(|text| format!("{text}, after {}", broken.what))?;
+        let mut files = broken.files.clone();
         let attempts = prng.pick(&[1, 1, 2, 2, 3, 4]);
         for cuts_left in (0..attempts).rev() {
             let cut = (cuts_left > 0).then(|| Cut { at: prng.between(4, 60), keep: Keep::Seeded(prng.bits()) });
             // Or an operation fails.
             let fails = (cuts_left > 0 && prng.chance(40)).then(|| prng.below(50));
-            let done = self.repair_once(broken, &bytes, cut.as_ref(), fails, prng.bits());
+            let done = self.repair_once(broken, &files, cut.as_ref(), fails, prng.bits());
             let (left, whole, found) = done.map_err(|text| format!("{text}, in a repair after {}", broken.what))?;
-            bytes = left;
+            files = left;
             if whole {
                 if !found && attempts == 1 {
                     return Err(format!("a repair finds nothing after {}", broken.what));
@@ -593,12 +622,12 @@ impl Run<'_> {
                 break;
             }
         }
-        self.look_at_broken(broken, &bytes, true, prng.bits()).map_err(|text| format!("{text}, after the repair of {}", broken.what))
+        self.look_at_broken(broken, &files, true, prng.bits()).map_err(|text| format!("{text}, after the repair of {}", broken.what))
     }
 
     /// One attempt to repair; what is left in the file, whether it came to its end, and found something.
-    fn repair_once(&mut self, broken: &Broken, bytes: &Store, cut: Option<&Cut>, fails: Option<u64>, seed: u64) -> Verdict<(Store, bool, bool)> {
-        let mut setup = Setup { bytes: bytes.clone(), ..self.setup(seed, 1) };
+    fn repair_once(&mut self, broken: &Broken, files: &Files, cut: Option<&Cut>, fails: Option<u64>, seed: u64) -> Verdict<(Files, bool, bool)> {
+        let mut setup = Setup { files: files.clone(), ..self.setup(seed, 1) };
         setup.failures = Failures { at: fails, errno: -5, ..Failures::default() };
         let cut = if fails.is_none() { cut } else { None };
         let world = World::new(setup, Checker::new(Mode::Damaged, None));
@@ -622,7 +651,7 @@ impl Run<'_> {
             }
             match outcome.map_err(|error| format!("request {id} fails: {error}"))? {
                 Reply::Check(report) => reports.push(report),
-                _ if id == 0 => world.set_metadata_end(world.image().info().map_err(|error| error.to_string())?.header.data_offset),
+                _ if id == 0 => world.set_metadata_end(&world.image().info().map_err(|error| error.to_string())?.header),
                 _ => {}
             }
             if id == 2 && fails.is_none() {
@@ -631,7 +660,7 @@ impl Run<'_> {
         }
         if fails.is_some() {
             // Something may be left, and is told: the next attempt finds it.
-            let left = world.disk().stable.clone();
+            let left = world.stable();
             self.leave(&world)?;
             return Ok((left, false, false));
         }
@@ -640,7 +669,7 @@ impl Run<'_> {
         if (second.corruptions > 0 || second.leaked > 0) && !no_space {
             return Err(format!("a check finds {:?} and {} leaked bytes", second.findings, second.leaked));
         }
-        let left = world.disk().stable.clone();
+        let left = world.stable();
         self.leave(&world)?;
         Ok((left, true, first.corruptions_fixed + first.leaked_fixed > 0 || no_space))
     }
@@ -657,8 +686,8 @@ impl Run<'_> {
     }
 
     /// A read-only open, with a check.
-    fn look_at_broken(&mut self, broken: &Broken, bytes: &Store, repaired: bool, seed: u64) -> Verdict<()> {
-        let mut setup = Setup { bytes: bytes.clone(), ..self.setup(seed, 1) };
+    fn look_at_broken(&mut self, broken: &Broken, files: &Files, repaired: bool, seed: u64) -> Verdict<()> {
+        let mut setup = Setup { files: files.clone(), ..self.setup(seed, 1) };
         setup.config.read_only = true;
         setup.failures = Failures::default();
         let world = World::new(setup, Checker::new(Mode::ReadOnly, None));
@@ -669,7 +698,7 @@ impl Run<'_> {
         match reply.map_err(|error| format!("a check fails: {error}"))? {
             Reply::Check(report) if !repaired && report.corruptions + report.leaked == 0 => return Err("a check finds nothing".into()),
             Reply::Check(report) if repaired && report.corruptions + report.leaked > 0 => {
-                let known = self.options.chunk_size > 0 && !self.options.limits[0].grows_zeroed;
+                let known = self.options.chunk_size > 0 && !self.options.data_limits().grows_zeroed;
                 if !known {
                     return Err(format!("a check finds {:?} and {} leaked bytes", report.findings, report.leaked));
                 }

@@ -26,6 +26,28 @@ impl std::fmt::Debug for Store {
     }
 }
 
+/// The files of an image. Where guest data lies in the image file, there is no data file: it stays empty.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    /// The image file.
+    pub image: Store,
+    /// The data file.
+    pub data: Store,
+}
+
+impl From<Store> for Files {
+    fn from(image: Store) -> Self {
+        Self { image, data: Store::default() }
+    }
+}
+
+impl Files {
+    /// See [`Store::hash_beside`].
+    pub fn hash_beside(&self, other: &Self) -> u64 {
+        self.image.hash_beside(&other.image) ^ mix(self.data.hash_beside(&other.data))
+    }
+}
+
 /// Calls `f(page, byte in page, bytes, bytes done)` for each page that `offset…offset+len` touches.
 fn pieces(offset: u64, len: usize, mut f: impl FnMut(u64, usize, usize, usize)) {
     let mut done = 0;

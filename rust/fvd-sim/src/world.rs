@@ -13,11 +13,11 @@ mod files;
 use crate::checker::Checker;
 use crate::clock::Latency;
 use crate::content::GARBAGE_BYTE;
-use crate::disk::{Change, Disk, Keep};
+use crate::disk::{Change, Disk, Keep, Tear};
 use crate::geometry::Base;
 use crate::memory::Buf;
 use crate::prng::{Prng, mix};
-use crate::store::Store;
+use crate::store::Files;
 use fvd_engine::host::*;
 use fvd_engine::{Config, Error, Image, Lookup, Queue, Reply, Request};
 use fvd_format::{Header, RegionKind};
@@ -81,8 +81,10 @@ pub struct Failures {
 /// What a world is made of.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// The image file.
-    pub bytes: Store,
+    /// The files of the image.
+    pub files: Files,
+    /// Guest data lies in the data file.
+    pub two_files: bool,
     /// The base, where there is one.
     pub base: Option<Base>,
     /// Whether the base is attached at the start.
@@ -154,7 +156,12 @@ impl Leaks {
         let rebuilt = [RegionKind::PageMap, RegionKind::Bitmap, RegionKind::Table];
         let regions: u64 = rebuilt.iter().filter_map(|kind| header.region(*kind)).map(|r| r.length.next_multiple_of(REGION_ALIGNMENT)).sum();
         if !self.disturbed {
-            return if header.is_compact() { 0 } else { 2 * regions + REGION_ALIGNMENT };
+            return if header.is_compact() && !header.has_data_file() { 0 } else { 2 * regions + REGION_ALIGNMENT };
+        }
+        if header.is_compact() && header.has_data_file() {
+            // Regions in one file, chunks in the other.
+            let wanted = self.largest_write + 2 * u64::from(header.chunk_size);
+            return wanted.next_multiple_of(header.storage_grow_unit) + 2 * regions + REGION_ALIGNMENT;
         }
         if header.is_compact() {
             let chunk = u64::from(header.chunk_size);
@@ -170,9 +177,10 @@ impl Leaks {
 
 impl Setup {
     /// A world without chance or failures, for scripts: one queue, operations end in order.
-    pub fn scripted(bytes: Store, base: Option<Base>, config: Config) -> Self {
+    pub fn scripted(files: impl Into<Files>, base: Option<Base>, config: Config) -> Self {
         Self {
-            bytes,
+            files: files.into(),
+            two_files: false,
             base,
             attached: true,
             config,
@@ -238,7 +246,8 @@ pub struct Counters {
 
 /// What the host keeps.
 pub struct Inner {
-    disk: Disk,
+    /// The disk of the image file, and that of the data file: each has a cache of its own.
+    disks: [Disk; 2],
     base: Option<Base>,
     attached: bool,
     now: u64,
@@ -267,18 +276,33 @@ pub struct World {
     woken: Vec<Arc<AtomicBool>>,
 }
 
-/// A disk without power.
+/// Disks without power.
 pub struct Remains {
-    /// What was on it, and what of that is not durable.
-    pub disk: Disk,
-    /// What was on its way to it.
-    pub under_way: Vec<Change>,
+    /// What was on each, and what of that is not durable.
+    disks: [Disk; 2],
+    /// What was on its way to each.
+    under_way: [Vec<Change>; 2],
 }
 
 impl Remains {
-    /// What is left of the image file: one of many outcomes.
-    pub fn cut(&self, keep: &Keep) -> Store {
-        self.disk.cut(&self.under_way, keep)
+    /// What is left of the files: one of many outcomes. What one of them loses says nothing of the other.
+    pub fn cut(&self, keep: &Keep) -> Files {
+        let [image, data] = match keep {
+            Keep::Seeded(seed) => [keep.clone(), Keep::Seeded(mix(*seed))],
+            Keep::Subset { survivors, tear } => {
+                let of_data = (self.disks[1].unflushed().len() + self.under_way[1].len()) as u32;
+                let image = survivors.checked_shr(of_data).unwrap_or(0);
+                let data = survivors & 1u64.checked_shl(of_data).unwrap_or(0).wrapping_sub(1);
+                let tear_data = if image == 0 { *tear } else { Tear::Whole };
+                [Keep::Subset { survivors: image, tear: *tear }, Keep::Subset { survivors: data, tear: tear_data }]
+            }
+        };
+        Files { image: self.disks[0].cut(&self.under_way[0], &image), data: self.disks[1].cut(&self.under_way[1], &data) }
+    }
+
+    /// What is left for certain.
+    pub fn stable(&self) -> Files {
+        Files { image: self.disks[0].stable.clone(), data: self.disks[1].stable.clone() }
     }
 }
 
@@ -366,10 +390,10 @@ impl World {
     pub fn new(setup: Setup, checker: Checker) -> Rc<Self> {
         let image = Image::new(setup.config.clone());
         let woken: Vec<_> = (0..setup.queues).map(|_| Arc::new(AtomicBool::new(false))).collect();
-        let mut disk = Disk::new(setup.bytes.clone());
-        disk.granule = setup.config.limits[0].write_granule.max(4096) as usize;
+        let mut disks = [Disk::new(setup.files.image.clone()), Disk::new(setup.files.data.clone())];
+        disks[0].granule = setup.config.limits[0].write_granule.max(4096) as usize;
         let inner = Inner {
-            disk,
+            disks,
             base: setup.base.clone(),
             attached: setup.attached,
             now: 1,
@@ -411,9 +435,14 @@ impl World {
         &self.image
     }
 
-    /// Alignment of requests and of memory that the image file demands.
-    pub fn image_alignment(&self) -> [u32; 2] {
-        let limits = self.inner.borrow().setup.config.limits[0];
+    /// The file that holds guest data.
+    pub fn data_file(&self) -> FileId {
+        if self.inner.borrow().setup.two_files { FileId::Data } else { FileId::Image }
+    }
+
+    /// Alignment of requests and of memory that the file with guest data demands.
+    pub fn data_alignment(&self) -> [u32; 2] {
+        let limits = self.inner.borrow().setup.config.limits[self.data_file() as usize];
         [limits.request_alignment, limits.memory_alignment]
     }
 
@@ -422,9 +451,26 @@ impl World {
         RefMut::map(self.inner.borrow_mut(), |inner| &mut inner.checker)
     }
 
-    /// The disk.
+    /// The disk of the image file.
     pub fn disk(&self) -> Ref<'_, Disk> {
-        Ref::map(self.inner.borrow(), |inner| &inner.disk)
+        Ref::map(self.inner.borrow(), |inner| &inner.disks[0])
+    }
+
+    /// What is durable of the files.
+    pub fn stable(&self) -> Files {
+        let [image, data] = &self.inner.borrow().disks;
+        Files { image: image.stable.clone(), data: data.stable.clone() }
+    }
+
+    /// What reads see of the files.
+    pub fn view(&self) -> Files {
+        let [image, data] = &self.inner.borrow().disks;
+        Files { image: image.view.clone(), data: data.view.clone() }
+    }
+
+    /// Number of changes that are not durable, in either file.
+    pub fn unflushed(&self) -> usize {
+        self.inner.borrow().disks.iter().map(|disk| disk.unflushed().len()).sum()
     }
 
     /// What happened so far.
@@ -474,9 +520,9 @@ impl World {
         self.inner.borrow().now
     }
 
-    /// Metadata ends here; a cut may destroy pages below.
-    pub fn set_metadata_end(&self, end: u64) {
-        self.inner.borrow_mut().disk.metadata_end = end;
+    /// Metadata ends where `header` says; a cut may destroy pages below.
+    pub fn set_metadata_end(&self, header: &Header) {
+        self.inner.borrow_mut().disks[0].metadata_end = if header.has_data_file() { u64::MAX } else { header.data_offset };
     }
 
     /// A request of the guest enters by a queue.
@@ -562,15 +608,18 @@ impl World {
                 inner.counters.changes += 1;
             }
             let limits = inner.setup.config.limits[op.file as usize];
-            if let Err(text) = inner.checker.submit(&inner.disk, &limits, &op, engine) {
+            if let Err(text) = inner.checker.submit(&inner.disks, &limits, &op, engine) {
                 inner.violation.get_or_insert(text);
+            }
+            if op.file == FileId::Data && !inner.setup.two_files {
+                inner.violation.get_or_insert(format!("{:?} on a data file that is not there", op.kind));
             }
             let inline = engine && inner.setup.inline_percent > 0 && inner.prng.chance(inner.setup.inline_percent);
             let base = usize::from(op.file == FileId::Base);
             let due = if inline { 0 } else { inner.now + inner.setup.latency[base].draw(&mut inner.prng) };
             let key = (due, inner.issued);
             inner.issued += 1;
-            let mark = inner.disk.mark();
+            let mark = inner.disk_of(op.file).mark();
             inner.pending.insert(key, Pending { owner, op, mark });
             inline.then_some(key)
         };
@@ -599,9 +648,11 @@ impl World {
     fn add_storage(&self) {
         {
             let inner = &mut *self.inner.borrow_mut();
-            let (at, more) = (inner.disk.view.len(), inner.setup.answer.grows_by);
+            let two_files = usize::from(inner.setup.two_files);
+            let (at, more) = (inner.disks[two_files].view.len(), inner.setup.answer.grows_by);
             inner.note(6, [at, more, 0, 0], || format!("the storage has {more} bytes more"));
-            for store in [&mut inner.disk.stable, &mut inner.disk.view] {
+            let disk = &mut inner.disks[two_files];
+            for store in [&mut disk.stable, &mut disk.view] {
                 store.fill_pages(at, more, GARBAGE_BYTE);
             }
         }
@@ -690,9 +741,9 @@ impl World {
                 None => inner.perform(&mut op, mark),
             };
             inner.counters.ops += 1;
-            inner.note(1, [key.1, ret as u64, 0, 0], || format!("{owner:?} ends: {:?} {}+{} -> {ret}", op.kind, op.offset, op.len));
+            inner.note(1, [key.1, ret as u64, 0, 0], || format!("{owner:?} ends: {:?} {:?} {}+{} -> {ret}", op.file, op.kind, op.offset, op.len));
             let inner = &mut *inner;
-            inner.checker.complete(&inner.disk, &op, mark, ret, matches!(owner, Owner::Engine(..)));
+            inner.checker.complete(&inner.disks[0], &op, mark, ret, matches!(owner, Owner::Engine(..)));
             (owner, op, ret)
         };
         match owner {
@@ -732,8 +783,8 @@ impl World {
         self.queues.borrow().iter().all(|q| q.is_idle())
     }
 
-    /// The power goes. Returns what is left of the image file.
-    pub fn cut(&self, keep: &Keep) -> Store {
+    /// The power goes. Returns what is left of the files.
+    pub fn cut(&self, keep: &Keep) -> Files {
         self.say(|| format!("power cut: {keep:?}"));
         self.remains().cut(keep)
     }
@@ -743,18 +794,21 @@ impl World {
         self.inner.borrow_mut().say(text);
     }
 
-    /// The power goes. Returns what decides what may be left of the image file.
+    /// The power goes. Returns what decides what may be left of the files.
     pub fn remains(&self) -> Remains {
         let remains = {
             let mut inner = self.inner.borrow_mut();
             let pending = std::mem::take(&mut inner.pending);
             let mut ordered: Vec<_> = pending.into_iter().collect();
             ordered.sort_by_key(|(key, _)| key.1);
-            let mut under_way = Vec::new();
+            let mut under_way = [Vec::new(), Vec::new()];
             for (_, pending) in ordered {
-                under_way.extend(inner.change_of(&pending.op).filter(|_| pending.op.file == FileId::Image));
+                let change = inner.change_of(&pending.op);
+                if pending.op.file != FileId::Base {
+                    under_way[pending.op.file as usize].extend(change);
+                }
             }
-            Remains { disk: std::mem::take(&mut inner.disk), under_way }
+            Remains { disks: std::mem::take(&mut inner.disks), under_way }
         };
         self.end();
         remains
@@ -773,6 +827,11 @@ impl World {
 }
 
 impl Inner {
+    /// The disk of a file; the base has none, and needs none.
+    fn disk_of(&mut self, file: FileId) -> &mut Disk {
+        &mut self.disks[usize::from(file == FileId::Data)]
+    }
+
     /// Adds an event to the hash and, where one is kept, to the text.
     fn note(&mut self, what: u64, numbers: [u64; 4], text: impl FnOnce() -> String) {
         let mut hash = self.hash ^ what ^ self.now << 8;

@@ -212,6 +212,8 @@ pub struct Plan {
 
 pub struct World {
     pub disk: RefCell<Disk>,
+    /// The data file, where there is one.
+    pub data: RefCell<Option<Disk>>,
     pub base: Option<Vec<u8>>,
     pub rng: RefCell<Rng>,
     pub pending: RefCell<Vec<(Token64, HostOp<Buf>, usize)>>,
@@ -269,7 +271,10 @@ impl Host for TestHost {
             assert_eq!(op.segments.iter().map(|s| s.len() as u64).sum::<u64>(), op.len);
         }
         // A flush covers what was complete when it was issued.
-        let issued = self.0.disk.borrow().unflushed.len();
+        let issued = match (op.file, &*self.0.data.borrow()) {
+            (FileId::Data, Some(data)) => data.unflushed.len(),
+            _ => self.0.disk.borrow().unflushed.len(),
+        };
         self.0.pending.borrow_mut().push((token, op, issued));
     }
     fn done(&self, done: u64, result: Result<Reply, Error>) {
@@ -298,6 +303,7 @@ impl World {
     pub fn new(bytes: Store, base: Option<Vec<u8>>, seed: u64, limits: Limits) -> Rc<Self> {
         Rc::new(Self {
             disk: RefCell::new(Disk::new(bytes)),
+            data: RefCell::default(),
             base,
             rng: RefCell::new(Rng::new(seed)),
             pending: RefCell::default(),
@@ -314,13 +320,18 @@ impl World {
     }
 
     pub fn queue(self: &Rc<Self>, mut config: Config) -> Rc<Queue<TestHost>> {
-        config.limits[0] = self.limits;
+        (config.limits[0], config.limits[1]) = (self.limits, self.limits);
         config.limits[2] = Limits { request_alignment: self.limits.request_alignment, ..Limits::default() };
         Queue::new(Image::new(config), TestHost(self.clone()), Box::new(NoWake))
     }
 
     fn perform(&self, op: &mut HostOp<Buf>, issued: usize) -> i64 {
-        let mut disk = self.disk.borrow_mut();
+        let (mut image, mut data) = (self.disk.borrow_mut(), self.data.borrow_mut());
+        let disk = match (op.file, &mut *data) {
+            (FileId::Data, Some(data)) => data,
+            (FileId::Data, None) => return ENOMEDIUM,
+            _ => &mut *image,
+        };
         let mut counts = self.counts.borrow_mut();
         self.trace.borrow_mut().push(Traced { kind: op.kind, file: op.file, offset: op.offset, len: op.len });
         let file_len = if op.file == FileId::Base {
@@ -376,7 +387,7 @@ impl World {
                 disk.flush(upto);
                 // Flushes in flight have counted the same changes.
                 for (_, other, issued) in self.pending.borrow_mut().iter_mut() {
-                    if other.kind == OpKind::Flush {
+                    if other.kind == OpKind::Flush && other.file == op.file {
                         *issued = issued.saturating_sub(upto);
                     }
                 }

@@ -26,6 +26,8 @@ pub(super) fn sample() -> Header {
         last_checkpoint: 0,
         base_name: "template.raw".into(),
         base_format: "raw".into(),
+        data_name: String::new(),
+        data_format: String::new(),
         regions: [None; REGION_SLOTS],
     };
     let region = |offset: u64, length: u64| Some(Region { offset, length, generation: 1, map_first: 0, count_sum: 0 });
@@ -45,6 +47,23 @@ fn round_trip() {
     assert!(Header::decode(&header.uuid, 1, &header.encode(2)).is_err(), "copies are not interchangeable");
     let zero = PageZero { uuid: header.uuid };
     assert_eq!(PageZero::decode(&zero.encode()).unwrap(), zero);
+}
+
+#[test]
+fn guest_data_in_a_file_of_its_own() {
+    let mut header = Header { data_offset: 0, data_name: "disk.raw".into(), data_format: "raw".into(), incompatible: incompatible::DATA_FILE, ..sample() };
+    let page = header.encode(2);
+    assert_eq!((&page[1568..1577], &page[2592..2596]), (&b"disk.raw\0"[..], &b"raw\0"[..]));
+    assert_eq!(Header::decode(&header.uuid, 2, &page).unwrap(), header);
+    // The disk's bytes take no room in the image file.
+    assert_eq!((header.file_length_min(), header.data_length_min()), (header.regions_end(), 10 << 30));
+    assert_eq!((sample().file_length_min(), sample().data_length_min()), ((32 << 20) + (10 << 30), 0));
+    // Without the feature the bytes are reserved: ignored, and written as zero.
+    header.incompatible = 0;
+    header.data_offset = 32 << 20;
+    let read = Header::decode(&header.uuid, 1, &header.encode(1)).unwrap();
+    assert_eq!((read.data_name.as_str(), read.data_format.as_str()), ("", ""));
+    assert_eq!(header.validate().unwrap_err().field, "data file name");
 }
 
 #[test]
@@ -90,6 +109,9 @@ fn a_wrong_field_is_named() {
         ("data offset", Box::new(|h| h.data_offset += 512)),
         ("data offset", Box::new(|h| h.data_offset = 4096)),
         ("data offset", Box::new(|h| h.data_offset = u64::MAX & !4095)),
+        ("data offset", Box::new(|h| (h.incompatible, h.data_offset) = (incompatible::DATA_FILE, 511))),
+        ("data file name", Box::new(|h| (h.incompatible, h.data_offset) = (incompatible::DATA_FILE, 0))),
+        ("data file format", Box::new(|h| (h.incompatible, h.data_name) = (incompatible::DATA_FILE, "disk.raw".into()))),
         ("base format", Box::new(|h| h.base_format.clear())),
         ("base length", Box::new(|h| h.base_length = 513)),
         ("block size", Box::new(|h| h.block_size = 0)),

@@ -48,6 +48,8 @@ pub fn example() -> Header {
         last_checkpoint: 0,
         base_name: "base.raw".into(),
         base_format: "raw".into(),
+        data_name: String::new(),
+        data_format: String::new(),
         regions: [None; REGION_SLOTS],
     };
     let region = |offset, length, count_sum| Some(Region { offset, length, generation: 1, map_first: 0, count_sum });
@@ -89,6 +91,8 @@ pub fn distinct() -> Header {
         last_checkpoint: number(),
         base_name: "templates/debian 13 é.raw".into(),
         base_format: "raw-format-name".into(),
+        data_name: "data/disk é.img".into(),
+        data_format: "another-format".into(),
         regions: std::array::from_fn(|_| {
             Some(Region { offset: number(), length: number(), generation: number() as u32, map_first: number(), count_sum: number() })
         }),

@@ -8,7 +8,7 @@ use fvd_format::{Header, RegionKind, page};
 
 /// Copy `copy` is about to be written; `stable` is the header that counts now, `other` the other copy
 /// if it is valid.
-pub fn submit(disk: &Disk, stable: &Header, other: Option<&Header>, copy: usize, bytes: &[u8]) -> Verdict {
+pub fn submit(disks: &[Disk; 2], stable: &Header, other: Option<&Header>, copy: usize, bytes: &[u8]) -> Verdict {
     let new = Header::decode(&stable.uuid, copy, bytes).map_err(|error| format!("an invalid header is written to copy {copy}: {error}"))?;
     match (copy, other) {
         (1, Some(two)) if *two == new => {}
@@ -22,11 +22,13 @@ pub fn submit(disk: &Disk, stable: &Header, other: Option<&Header>, copy: usize,
             return Err(format!("header copy 2, generation {}, is written while copy 1 is {other:?} (CC-24)", new.generation));
         }
     }
-    if disk.stable.len() < new.file_length_min() {
-        let (have, need) = (disk.stable.len(), new.file_length_min());
-        return Err(format!("the header promises a file of {need} bytes; {have} are durable (CC-40)"));
+    for (disk, need, name) in [(&disks[0], new.file_length_min(), "file"), (&disks[1], new.data_length_min(), "data file")] {
+        let have = disk.stable.len();
+        if have < need {
+            return Err(format!("the header promises a {name} of {need} bytes; {have} are durable (CC-40)"));
+        }
     }
-    named_regions(disk, stable, &new)?;
+    named_regions(&disks[0], stable, &new)?;
     if new.first_seq < stable.first_seq || new.epoch < stable.epoch || new.last_batch < stable.last_batch {
         return Err("the header's epoch, first sequence or last batch goes back".into());
     }

@@ -2,7 +2,7 @@
 //! Appends to the journal: data before records (CC-3), the order of commits (CC-5, CC-6), and units
 //! that still count are left alone (CC-23).
 
-use super::{Model, Verdict};
+use super::{Model, Verdict, guest_disk};
 use crate::disk::Disk;
 use crate::store::PAGE;
 use fvd_format::journal::{Record, decode_unit};
@@ -79,7 +79,8 @@ impl Journal {
     }
 
     /// Units are about to be written at file offset `offset`.
-    pub fn submit(&mut self, disk: &Disk, header: &Header, offset: u64, bytes: &[u8], model: Option<&RefCell<Model>>) -> Verdict {
+    pub fn submit(&mut self, disks: &[Disk; 2], header: &Header, offset: u64, bytes: &[u8], model: Option<&RefCell<Model>>) -> Verdict {
+        let disk = &disks[0];
         let region = header.region(RegionKind::Journal).expect("an append to a region");
         if header.clean {
             return Err("an append while the durable header says clean (CC-7)".into());
@@ -110,7 +111,7 @@ impl Journal {
         append.parts = if append.parts == 0 || parts == 0 { 1 } else { parts + 1 };
         if append.whole {
             let table = self.table.get_or_insert_with(|| table_in_place(disk, header));
-            exposes(disk, header, &append.payload, table, model)?;
+            exposes(guest_disk(disks, header), header, &append.payload, table, model)?;
         }
         Ok(())
     }

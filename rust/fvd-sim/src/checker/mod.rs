@@ -100,13 +100,13 @@ impl Checker {
     }
 
     /// The engine, or the guest's side, asks for an operation.
-    pub fn submit(&mut self, disk: &Disk, limits: &Limits, op: &HostOp<Buf>, engine: bool) -> Verdict {
+    pub fn submit(&mut self, disks: &[Disk; 2], limits: &Limits, op: &HostOp<Buf>, engine: bool) -> Verdict {
         contract(limits, op)?;
         if !is_change(op.kind) {
             return Ok(());
         }
         let what = || format!("{:?} of {} bytes at {}", op.kind, op.len, op.offset);
-        if op.file != FileId::Image {
+        if op.file == FileId::Base {
             return Err(format!("{} in {:?}", what(), op.file));
         }
         if self.mode == Mode::ReadOnly {
@@ -118,32 +118,39 @@ impl Checker {
         if !engine || self.mode != Mode::Open || !matches!(op.kind, OpKind::Write { .. }) {
             return Ok(());
         }
-        self.refresh(disk);
+        self.refresh(&disks[0]);
         let Some(header) = self.stable.clone() else { return Ok(()) };
-        if header.is_compact() {
+        let guest_data = (op.file == FileId::Data) == header.has_data_file();
+        if header.is_compact() && guest_data {
             let reach = self.journal.reach().max(header.reach);
             if op.offset >= header.data_offset && op.offset + op.len > reach {
                 return Err(format!("{} beyond the durable reach {reach} (R6)", what()));
             }
-        } else if op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
+        } else if guest_data && op.offset >= header.data_offset && op.offset < header.flat_data_end().next_multiple_of(PAGE as u64) {
             return Ok(());
+        }
+        if op.file == FileId::Data {
+            return if guest_data { Ok(()) } else { Err(format!("{} in a data file that the header lacks", what())) };
         }
         self.applied += 1;
         let bytes = bytes_of(op);
         if let Some(copy) = HEADER_OFFSETS.iter().position(|at| op.offset == *at) {
             let other = self.copies[1 - copy].as_ref().and_then(|copy| copy.header.as_deref());
-            return header::submit(disk, &header, other, copy + 1, &bytes);
+            return header::submit(disks, &header, other, copy + 1, &bytes);
         }
         match region_at(&header, op)? {
-            Some(RegionKind::Journal) => self.journal.submit(disk, &header, op.offset, &bytes, self.model.as_deref()),
-            Some(RegionKind::DoubleWrite) => self.pages.submit_area(disk, &header, &bytes, self.model.as_deref(), self.journal.table()),
-            Some(kind) => self.pages.submit_in_place(disk, &header, kind, op.offset, &bytes),
+            Some(RegionKind::Journal) => self.journal.submit(disks, &header, op.offset, &bytes, self.model.as_deref()),
+            Some(RegionKind::DoubleWrite) => self.pages.submit_area(disks, &header, &bytes, self.model.as_deref(), self.journal.table()),
+            Some(kind) => self.pages.submit_in_place(&disks[0], &header, kind, op.offset, &bytes),
             None => Ok(()),
         }
     }
 
-    /// An operation ended with `ret`; `mark` is what a flush covered.
+    /// An operation ended with `ret`; `mark` is what a flush covered. `disk` is the image file's.
     pub fn complete(&mut self, disk: &Disk, op: &HostOp<Buf>, mark: u64, ret: i64, engine: bool) {
+        if op.file == FileId::Data && op.kind == OpKind::Flush {
+            self.sync_failed |= ret < 0;
+        }
         if op.file != FileId::Image || !engine {
             return;
         }
@@ -197,6 +204,11 @@ impl Checker {
             self.journal.opened(header);
         }
     }
+}
+
+/// The disk that guest data lies on.
+fn guest_disk<'a>(disks: &'a [Disk; 2], header: &Header) -> &'a Disk {
+    &disks[usize::from(header.has_data_file())]
 }
 
 /// The region that an operation lies in; an error if it touches one in part.

@@ -2,7 +2,7 @@
 //! Pages in place: only what the durable double-write area holds, and the area is used again only
 //! after they are durable (CC-20); it never holds what is ahead of the commits (CC-8).
 
-use super::{Model, Verdict};
+use super::{Model, Verdict, guest_disk};
 use crate::disk::Disk;
 use crate::store::PAGE;
 use fvd_format::double_write::Batch;
@@ -16,13 +16,13 @@ type Table<'a> = Option<(&'a BTreeMap<u64, u32>, &'a BTreeMap<u64, u32>)>;
 
 /// A batch that a power cut leaves is written back: what its bitmap page says beyond the page in place must
 /// be so already.
-fn ahead(disk: &Disk, header: &Header, index: u64, page: &[u8], model: &Model, table: Table<'_>) -> Option<String> {
+fn ahead(disks: &[Disk; 2], header: &Header, index: u64, page: &[u8], model: &Model, table: Table<'_>) -> Option<String> {
     if header.is_compact() && table.is_none() {
         return None;
     }
     let entry = |chunk| table.and_then(|(table, _)| table.get(&chunk).copied());
     let region = header.region(RegionKind::Bitmap)?;
-    let old = disk.stable.page(region.offset / PAGE as u64 + index);
+    let old = disks[0].stable.page(region.offset / PAGE as u64 + index);
     let old = old.filter(|old| page::open(&header.uuid, RegionKind::Bitmap, region.generation, index, &old[..]).is_ok());
     let bit = |page: &[u8], i: u64| page[page::HEADER_SIZE + (i / 8) as usize] >> (i % 8) & 1 == 1;
     let block = u64::from(header.block_size);
@@ -33,7 +33,7 @@ fn ahead(disk: &Disk, header: &Header, index: u64, page: &[u8], model: &Model, t
         let fresh = (first..end).filter(|block| bit(page, block - from) && !old.is_some_and(|old| bit(&old[..], block - from)));
         for number in fresh {
             let place = |at| super::journal::place_of(header, entry, at);
-            let text = super::journal::not_durable(disk, model, place, number * block, ((number + 1) * block).min(header.covered));
+            let text = super::journal::not_durable(guest_disk(disks, header), model, place, number * block, ((number + 1) * block).min(header.covered));
             if text.is_some() {
                 return text;
             }
@@ -61,7 +61,7 @@ pub struct Pages {
 
 impl Pages {
     /// The double-write area is about to be written.
-    pub fn submit_area(&mut self, disk: &Disk, header: &Header, bytes: &[u8], model: Option<&RefCell<Model>>, table: Table<'_>) -> Verdict {
+    pub fn submit_area(&mut self, disks: &[Disk; 2], header: &Header, bytes: &[u8], model: Option<&RefCell<Model>>, table: Table<'_>) -> Verdict {
         let batch = Batch::decode(&header.uuid, &bytes[..PAGE]).map_err(|error| format!("an invalid batch is written: {error}"))?;
         if batch.number <= header.last_batch {
             return Err(format!("batch {} is not above the last one, {} (CC-20)", batch.number, header.last_batch));
@@ -72,7 +72,7 @@ impl Pages {
         let Some(model) = model else { return Ok(()) };
         for (entry, page) in batch.entries.iter().zip(bytes.chunks(PAGE).skip(1)) {
             if entry.kind == RegionKind::Bitmap
-                && let Some(text) = ahead(disk, header, entry.index, page, &model.borrow(), table)
+                && let Some(text) = ahead(disks, header, entry.index, page, &model.borrow(), table)
             {
                 return Err(format!("a batch exposes a cell before its data is durable (CC-8): {text}"));
             }

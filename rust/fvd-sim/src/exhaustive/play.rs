@@ -237,7 +237,7 @@ impl<'a> Player<'a> {
 
     fn power_off(&mut self) -> Store {
         let none = Keep::Subset { survivors: 0, tear: Tear::Whole };
-        self.world.cut(&none)
+        self.world.cut(&none).image
     }
 
     /// The next session, on what the last one left.

@@ -275,7 +275,7 @@ impl Judge<'_> {
                 return Ok(false);
             }
         }
-        self.run.bytes = world.cut(&Keep::Seeded(self.seed()));
+        self.run.files = world.cut(&Keep::Seeded(self.seed()));
         self.leave(world)?;
         self.run.unclean = false;
         self.run.leaks = world.leaks();
@@ -288,12 +288,12 @@ impl Judge<'_> {
     fn killed(&mut self, world: &Rc<World>) -> Verdict<()> {
         world.settle();
         if self.case.after == After::Close && world.counters().flushes_failed == 0 {
-            self.run.bytes = world.disk().view.clone();
+            self.run.files = world.view();
         } else {
             if let Ok(info) = world.image().info() {
-                world.set_metadata_end(info.header.data_offset);
+                world.set_metadata_end(&info.header);
             }
-            self.run.bytes = world.cut(&Keep::Seeded(self.seed()));
+            self.run.files = world.cut(&Keep::Seeded(self.seed()));
         }
         if let Some(model) = &self.run.model {
             model.borrow_mut().oracle.crash();
@@ -333,7 +333,7 @@ impl Judge<'_> {
                 self.killed(&world)?;
             }
             Ok(()) => {
-                self.run.bytes = world.cut(&Keep::Seeded(self.seed()));
+                self.run.files = world.cut(&Keep::Seeded(self.seed()));
                 self.leave(&world)?;
             }
         }
@@ -359,7 +359,7 @@ impl Judge<'_> {
         setup.attached = self.run.options.base == BaseIs::Known;
         let world = World::new(setup, Checker::new(checker::Mode::Create, None));
         self.ask(&world, Request::Create(Box::new(params)))?.map_err(|error| format!("creation fails again, though nothing fails any more: {error}"))?;
-        self.run.bytes = world.cut(&Keep::Seeded(self.seed()));
+        self.run.files = world.cut(&Keep::Seeded(self.seed()));
         self.run.leave(&world)?;
         self.run.leaks.disturbed = false;
         let header = self.run.try_header(0)?.map_err(|error| format!("an image just made does not open: {error}"))?;

@@ -13,7 +13,7 @@ use crate::options::{BaseIs, Options};
 use crate::oracle::Oracle;
 use crate::plan::{Act, Cut, Plan, Step};
 use crate::run::{Run, Verdict, until_done};
-use crate::store::Store;
+use crate::store::Files;
 use crate::world::{Answer, Leaks, World};
 use fvd_engine::{Repair, Request};
 use fvd_engine::faults::Fault;
@@ -35,6 +35,8 @@ pub struct Variant {
     fixed: bool,
     /// Chunk of a compact image: bytes; 0: flat.
     chunk: u32,
+    /// Guest data lies in a file of its own.
+    two_files: bool,
     /// In how many of 100 cases an operation ends before `submit` returns.
     inline_percent: u64,
     /// How long operations take, at most: nanoseconds. With a time of their own they overlap.
@@ -42,15 +44,17 @@ pub struct Variant {
 }
 
 /// The hosts.
-pub const VARIANTS: [Variant; 8] = [
-    Variant { name: "512-growing", align: 512, granule: 4096, fixed: false, chunk: 0, inline_percent: 0, spread: 0 },
-    Variant { name: "4096-growing", align: 4096, granule: 65536, fixed: false, chunk: 0, inline_percent: 0, spread: 0 },
-    Variant { name: "512-fixed", align: 512, granule: 65536, fixed: true, chunk: 0, inline_percent: 100, spread: 0 },
-    Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, chunk: 0, inline_percent: 0, spread: 0 },
-    Variant { name: "512-slow", align: 512, granule: 4096, fixed: false, chunk: 0, inline_percent: 0, spread: 200 * US },
-    Variant { name: "512-compact", align: 512, granule: 4096, fixed: false, chunk: 8192, inline_percent: 0, spread: 0 },
-    Variant { name: "4096-compact-fixed", align: 4096, granule: 16384, fixed: true, chunk: 4096, inline_percent: 0, spread: 0 },
-    Variant { name: "512-compact-slow", align: 512, granule: 4096, fixed: false, chunk: 16384, inline_percent: 0, spread: 200 * US },
+pub const VARIANTS: [Variant; 10] = [
+    Variant { name: "512-growing", align: 512, granule: 4096, fixed: false, chunk: 0, two_files: false, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-growing", align: 4096, granule: 65536, fixed: false, chunk: 0, two_files: false, inline_percent: 0, spread: 0 },
+    Variant { name: "512-fixed", align: 512, granule: 65536, fixed: true, chunk: 0, two_files: false, inline_percent: 100, spread: 0 },
+    Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, chunk: 0, two_files: false, inline_percent: 0, spread: 0 },
+    Variant { name: "512-slow", align: 512, granule: 4096, fixed: false, chunk: 0, two_files: false, inline_percent: 0, spread: 200 * US },
+    Variant { name: "512-compact", align: 512, granule: 4096, fixed: false, chunk: 8192, two_files: false, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-compact-fixed", align: 4096, granule: 16384, fixed: true, chunk: 4096, two_files: false, inline_percent: 0, spread: 0 },
+    Variant { name: "512-compact-slow", align: 512, granule: 4096, fixed: false, chunk: 16384, two_files: false, inline_percent: 0, spread: 200 * US },
+    Variant { name: "512-data", align: 512, granule: 4096, fixed: false, chunk: 0, two_files: true, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-compact-data", align: 4096, granule: 4096, fixed: true, chunk: 4096, two_files: true, inline_percent: 0, spread: 0 },
 ];
 
 /// Cells of the disk, which ends within a block; blocks are 8 cells.
@@ -147,8 +151,8 @@ const PRISTINE_GROWTH: Steps = &[&[Act::Grow { cells: 100 }], &[fua(195, 30)]];
 /// An image at rest, and what the guest knows of it.
 #[derive(Clone)]
 pub struct Start {
-    /// The file.
-    pub bytes: Store,
+    /// The files.
+    pub files: Files,
     /// `None`: there is no image yet.
     pub model: Option<Model>,
     cells: u64,
@@ -186,7 +190,7 @@ impl Phase {
     pub fn run(&self, fault: Option<Fault>, trace: bool) -> Run<'_> {
         let start = &self.start;
         let model = start.model.clone().map(|model| Rc::new(RefCell::new(model)));
-        Run { bytes: start.bytes.clone(), model, cells: start.cells, next_tag: start.tag, leaks: start.leaks, ..Run::new(&self.plan, fault, trace) }
+        Run { files: start.files.clone(), model, cells: start.cells, next_tag: start.tag, leaks: start.leaks, ..Run::new(&self.plan, fault, trace) }
     }
 }
 
@@ -214,6 +218,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         journal_size: 1664 << 10,
         holes: base == BaseIs::Known,
         preallocate,
+        data: variant.two_files.then_some(image),
         limits: [image, Limits { request_alignment: variant.align, memory_alignment: 512, ..Limits::default() }],
         queues: 1,
         inline_percent: variant.inline_percent,
@@ -238,7 +243,7 @@ pub fn model(run: &Run, header: &Header) -> Model {
     let (covered, length) = (if header.pristine { u64::MAX } else { header.covered }, if unknown { u64::MAX } else { header.base_length });
     let tag = |index| match geometry.cell_at(index) * options.cell {
         at if at < covered.min(length) => BASE,
-        at if at >= covered && !options.limits[0].grows_zeroed && !options.preallocate && options.chunk_size == 0 => GARBAGE,
+        at if at >= covered && !options.data_limits().grows_zeroed && !options.preallocate && options.chunk_size == 0 => GARBAGE,
         _ => ZERO,
     };
     let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
@@ -337,14 +342,14 @@ fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
     (run.cells, run.maybe_cells) = (guest.cells, guest.maybe_cells);
     if let Crash::No = crash {
         until_done(&world, 0, submit(&world, Request::Close))?.expect("nothing cuts it").map_err(|error| error.to_string())?;
-        run.bytes = world.cut(&Keep::Seeded(0));
+        run.files = world.cut(&Keep::Seeded(0));
         run.leave(&world)?;
         run.leaks = world.leaks();
         model.borrow_mut().oracle.flushed_all();
     } else {
-        let data = world.image().info().map_err(|error| error.to_string())?.header.data_offset;
-        world.set_metadata_end(data);
-        let changes = world.disk().unflushed().len() + usize::from(destroyed);
+        let header = world.image().info().map_err(|error| error.to_string())?.header;
+        world.set_metadata_end(&header);
+        let changes = world.unflushed() + usize::from(destroyed);
         let survivors = (1u64 << changes.min(63)) - 1;
         let keep = match world.under_way().len() {
             0 => Keep::Subset { survivors, tear: Tear::Whole },
@@ -355,7 +360,7 @@ fn after(phase: &Phase, fault: Option<Fault>, crash: Crash) -> Verdict<Start> {
         run.power_cut(&world, &keep, &[])?;
     }
     let model = model.borrow().clone();
-    Ok(Start { bytes: run.bytes, model: Some(model), cells: run.cells, tag: guest.next_tag, leaks: run.leaks })
+    Ok(Start { files: run.files, model: Some(model), cells: run.cells, tag: guest.next_tag, leaks: run.leaks })
 }
 
 fn submit(world: &Rc<World>, request: Request<crate::memory::Buf>) -> Option<&'static Cut> {
@@ -371,19 +376,19 @@ fn created(empty: &Phase, fault: Option<Fault>) -> Verdict<Start> {
     let world = World::new(setup, Checker::new(Mode::Create, None));
     let params = Request::Create(Box::new(run.params()));
     until_done(&world, 0, submit(&world, params))?.expect("nothing cuts it").map_err(|error| error.to_string())?;
-    run.bytes = world.cut(&Keep::Seeded(0));
+    run.files = world.cut(&Keep::Seeded(0));
     run.leave(&world)?;
     let header = run.try_header(0)?.map_err(|error| error.to_string())?;
     let model = model(&run, &header);
-    Ok(Start { model: Some(model), bytes: run.bytes, ..empty.start.clone() })
+    Ok(Start { model: Some(model), files: run.files, ..empty.start.clone() })
 }
 
 /// The phases on a host.
 pub fn phases(variant: &Variant, fault: Option<Fault>) -> Verdict<Vec<Phase>> {
     let known = plan(variant, BaseIs::Known, false);
     let phase = |name, plan: &Rc<Plan>, start: &Start, work, steps| Phase { name, plan: plan.clone(), start: start.clone(), work, steps };
-    let Run { bytes, leaks, .. } = Run::new(&known, fault, false);
-    let none = Start { bytes, model: None, cells: CELLS, tag: FIRST_WRITE, leaks };
+    let Run { files, leaks, .. } = Run::new(&known, fault, false);
+    let none = Start { files, model: None, cells: CELLS, tag: FIRST_WRITE, leaks };
     let create = phase("create", &known, &none, Work::Create, &[]);
     let made = created(&create, fault)?;
     let writes = phase("write", &known, &made, Work::Session, WRITE);

@@ -33,7 +33,7 @@ impl Inner {
         self.counters.failed[failed_kind(op.kind)] += 1;
         if op.kind == OpKind::Flush {
             self.counters.flushes_failed += 1;
-            self.disk.flush_failed(mark, &mut self.prng);
+            self.disks[usize::from(op.file == FileId::Data)].flush_failed(mark, &mut self.prng);
             return errno;
         }
         match self.change_of(op) {
@@ -41,11 +41,11 @@ impl Inner {
                 let odds = self.prng.pick(&[0, 0, 50, 100]);
                 for (i, sector) in bytes.chunks(SECTOR).enumerate() {
                     if self.prng.chance(odds) {
-                        self.disk.change(Change::Bytes(offset + (i * SECTOR) as u64, Rc::new(sector.to_vec())));
+                        self.disk_of(op.file).change(Change::Bytes(offset + (i * SECTOR) as u64, Rc::new(sector.to_vec())));
                     }
                 }
             }
-            Some(change) if self.prng.chance(30) => self.disk.change(change),
+            Some(change) if self.prng.chance(30) => self.disk_of(op.file).change(change),
             _ => {}
         }
         errno
@@ -70,21 +70,25 @@ impl Inner {
                 Some(base) => base_op(base, op),
             };
         }
+        if op.file == FileId::Data && !self.setup.two_files {
+            return ENOMEDIUM;
+        }
         match op.kind {
             OpKind::Read => {
+                let disk = self.disk_of(op.file);
                 let mut at = op.offset;
                 for segment in &mut op.segments {
                     let len = segment.len() as u64;
-                    read_segment(segment, at, |offset, to| self.disk.view.read(offset, to));
+                    read_segment(segment, at, |offset, to| disk.view.read(offset, to));
                     at += len;
                 }
             }
-            OpKind::Flush => self.disk.flush(mark),
-            OpKind::GetLength => return self.disk.view.len() as i64,
+            OpKind::Flush => self.disk_of(op.file).flush(mark),
+            OpKind::GetLength => return self.disk_of(op.file).view.len() as i64,
             OpKind::BaseStatus => return EIO,
             _ => {
                 if let Some(change) = self.change_of(op) {
-                    self.disk.change(change);
+                    self.disk_of(op.file).change(change);
                 }
             }
         }
