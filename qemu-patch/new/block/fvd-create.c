@@ -18,6 +18,22 @@
 
 #include "fvd-int.h"
 
+/* The name by which the image will know the node of its data file */
+static char *fvd_data_file_name(BlockdevCreateOptionsFvd *o,
+                                BlockDriverState *data_bs, Error **errp)
+{
+    if (o->data_file_name) {
+        return g_strdup(o->data_file_name);
+    }
+    if (!data_bs->filename[0] || path_has_protocol(data_bs->filename)) {
+        error_setg(errp, "Node '%s' has no plain file name: the image needs "
+                   "data-file-name", bdrv_get_node_name(data_bs));
+        return NULL;
+    }
+    /* Names in an image are relative to its directory, not to ours */
+    return g_canonicalize_filename(data_bs->filename, NULL);
+}
+
 /*
  * The base, for its length and its holes, or NULL.  Whoever writes to it
  * makes this fail, as a length that can change must not be recorded.
@@ -60,8 +76,10 @@ fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
     BlockdevCreateOptionsFvd *o = &opts->u.fvd;
     const char *base_format = NULL;
     BlockDriverState *bs = NULL;
-    BlockBackend *blk = NULL, *base = NULL;
-    struct fvd_limits limits;
+    BlockDriverState *data_bs = NULL;
+    BlockBackend *blk = NULL, *base = NULL, *data = NULL;
+    g_autofree char *data_name = NULL;
+    struct fvd_limits limits[2];
     FVDOptions options = {};
     FVDEngine *e = NULL;
     Error *local_err = NULL;
@@ -106,9 +124,38 @@ fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
         return -EINVAL;
     }
 
+    if (o->data_file_name && (!o->data_file || !*o->data_file_name)) {
+        error_setg(errp, "data-file-name '%s' is %s", o->data_file_name,
+                   o->data_file ? "empty" : "given without data-file");
+        return -EINVAL;
+    }
+
     bs = bdrv_co_open_blockdev_ref(o->file, errp);
     if (!bs) {
         return -EIO;
+    }
+    if (o->data_file) {
+        data_bs = bdrv_co_open_blockdev_ref(o->data_file, errp);
+        if (!data_bs) {
+            ret = -EIO;
+            goto out;
+        }
+        if (data_bs == bs) {
+            error_setg(errp, "data-file and file are the same node '%s'",
+                       bdrv_get_node_name(bs));
+            goto out;
+        }
+        data_name = fvd_data_file_name(o, data_bs, errp);
+        if (!data_name) {
+            goto out;
+        }
+        data = blk_co_new_with_bs(data_bs, BLK_PERM_WRITE | BLK_PERM_RESIZE,
+                                  BLK_PERM_ALL, errp);
+        if (!data) {
+            ret = -EPERM;
+            goto out;
+        }
+        blk_set_allow_write_beyond_eof(data, true);
     }
     blk = blk_co_new_with_bs(bs, BLK_PERM_WRITE | BLK_PERM_RESIZE, BLK_PERM_ALL,
                              errp);
@@ -136,15 +183,24 @@ fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
         goto out;
     }
 
+    if (data) {
+        ret = blk_co_truncate(data, 0, false, PREALLOC_MODE_OFF, 0, errp);
+        if (ret < 0) {
+            goto out;
+        }
+    }
+
     bdrv_graph_co_rdlock();
-    fvd_file_limits(bs, &limits);
+    fvd_file_limits(bs, &limits[FVD_FILE_IMAGE]);
+    fvd_file_limits(data_bs ?: bs, &limits[FVD_FILE_DATA]);
     bdrv_graph_co_rdunlock();
-    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
+    e = fvd_engine_new(NULL, &options, limits, 0, errp);
     if (!e) {
         ret = -EINVAL;
         goto out;
     }
     e->file = blk;
+    e->data = data;
     e->base = base;
 
     fvd_submit_create(fvd_queue(e), &(struct fvd_create) {
@@ -164,12 +220,16 @@ fvd_co_create(BlockdevCreateOptions *opts, Error **errp)
         .flags = o->compact_image ? FVD_CREATE_COMPACT : 0,
         .chunk_size = o->chunk_size,
         .storage_grow_unit = o->storage_grow_unit,
+        .data_name = data_name,
+        .data_format = data_name ? "raw" : NULL,
     }, fvd_done, &w);
     ret = fvd_co_wait(&w, errp);
     fvd_co_engine_free(e);
 out:
     blk_co_unref(base);
+    blk_co_unref(data);
     blk_co_unref(blk);
+    bdrv_co_unref(data_bs);
     bdrv_co_unref(bs);
     return ret;
 }
@@ -229,6 +289,12 @@ QemuOptsList fvd_create_opts = {
             .help = "Journal size in bytes, 1M to 256M (default: 16M)"
         },
         {
+            .name = BLOCK_OPT_DATA_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "File name of a data file: the disk's content lies there, "
+                    "as in a raw image"
+        },
+        {
             .name = FVD_OPT_DETECT_SPARSE_HOLE,
             .type = QEMU_OPT_STRING,
             .help = "Look for zeroes in the base image: off, on (one block) "
@@ -282,8 +348,9 @@ fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
         { NULL, NULL },
     };
     BlockdevCreateOptions *create_options = NULL;
-    BlockDriverState *bs = NULL;
+    BlockDriverState *bs = NULL, *data_bs = NULL;
     const char *unit, *unit_name, *alias, *hole;
+    g_autofree char *data_name = NULL, *data_full = NULL;
     QDict *qdict;
     Visitor *v;
     int ret = -EINVAL;
@@ -316,6 +383,17 @@ fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
     if (!qdict_rename_keys(qdict, renames, errp)) {
         goto out;
     }
+    data_name = g_strdup(qdict_get_try_str(qdict, BLOCK_OPT_DATA_FILE));
+    qdict_del(qdict, BLOCK_OPT_DATA_FILE);
+    if (data_name) {
+        /* As it will be found: relative to the image */
+        data_full = path_is_absolute(data_name)
+                    ? g_strdup(data_name) : path_combine(filename, data_name);
+        if (!strcmp(data_full, filename)) {
+            error_setg(errp, "data_file '%s' is the image itself", data_name);
+            goto out;
+        }
+    }
 
     /* Create and open the file (protocol layer) */
     ret = bdrv_co_create_file(filename, opts, errp);
@@ -327,6 +405,22 @@ fvd_co_create_opts(BlockDriver *drv, const char *filename, QemuOpts *opts,
     if (!bs) {
         ret = -EIO;
         goto out;
+    }
+
+    if (data_name) {
+        ret = bdrv_co_create_file(data_full, opts, errp);
+        if (ret < 0) {
+            goto out;
+        }
+        data_bs = bdrv_co_open(data_full, NULL, NULL,
+                               BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_PROTOCOL,
+                               errp);
+        if (!data_bs) {
+            ret = -EIO;
+            goto out;
+        }
+        qdict_put_str(qdict, "data-file", data_bs->node_name);
+        qdict_put_str(qdict, "data-file-name", data_name);
     }
 
     ret = -EINVAL;
@@ -350,9 +444,11 @@ out:
     if (ret < 0) {
         bdrv_graph_co_rdlock();
         bdrv_co_delete_file_noerr(bs);
+        bdrv_co_delete_file_noerr(data_bs);
         bdrv_graph_co_rdunlock();
     }
     qobject_unref(qdict);
+    bdrv_co_unref(data_bs);
     bdrv_co_unref(bs);
     qapi_free_BlockdevCreateOptions(create_options);
     return ret;
@@ -399,24 +495,25 @@ static void fvd_measure_done(FVDEngine *e)
 }
 
 /*
- * Has the library create an image nowhere.  Returns the length of the file, and
+ * Has the library create an image nowhere.  Returns the length of its files, and
  * in @info what a look into the image would say.
  */
 static int64_t fvd_measure_image(const struct fvd_create *params,
                                  struct fvd_info *info, Error **errp)
 {
-    struct fvd_limits limits = {
-        .struct_size = sizeof(limits),
+    struct fvd_limits limit = {
+        .struct_size = sizeof(limit),
         .flags = FVD_LIMIT_GROWS_ZEROED | FVD_LIMIT_CHEAP_ZEROING,
     };
+    struct fvd_limits limits[2] = { limit, limit };
+    uint64_t ends[2];
     FVDOptions options = {};
     g_autofree uint8_t *head = NULL;
     FVDEngine *e;
     FVDWait w = {};
-    int64_t length;
     int ret;
 
-    e = fvd_engine_new(NULL, &options, &limits, 0, errp);
+    e = fvd_engine_new(NULL, &options, limits, 0, errp);
     if (!e) {
         return -EINVAL;
     }
@@ -424,20 +521,20 @@ static int64_t fvd_measure_image(const struct fvd_create *params,
     fvd_submit_create(fvd_queue(e), params, fvd_done, &w);
     AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
     ret = fvd_wait_result(&w, errp);
-    length = e->measured_end;
+    memcpy(ends, e->measured_end, sizeof(ends));
     head = g_steal_pointer(&e->measuring);
     fvd_measure_done(e);
     if (ret < 0) {
         return ret;
     }
 
-    e = fvd_engine_new(NULL, &options, &limits,
+    e = fvd_engine_new(NULL, &options, limits,
                        FVD_OPEN_RDONLY | FVD_OPEN_NO_IO, errp);
     if (!e) {
         return -EINVAL;
     }
     e->measuring = g_steal_pointer(&head);
-    e->measured_end = length;
+    memcpy(e->measured_end, ends, sizeof(ends));
     w = (FVDWait) {};
     fvd_submit_open(fvd_queue(e), fvd_done, &w);
     AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
@@ -447,13 +544,14 @@ static int64_t fvd_measure_image(const struct fvd_create *params,
         ret = -EIO;
     }
     fvd_measure_done(e);
-    return ret < 0 ? ret : length;
+    return ret < 0 ? ret : ends[FVD_FILE_IMAGE] + ends[FVD_FILE_DATA];
 }
 
 BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
                               Error **errp)
 {
     g_autofree char *backing_file = NULL;
+    g_autofree char *data_file = NULL;
     g_autofree char *preallocation = NULL;
     struct fvd_create params = { .struct_size = sizeof(params) };
     struct fvd_info image = { .struct_size = sizeof(image) };
@@ -499,6 +597,12 @@ BlockMeasureInfo *fvd_measure(QemuOpts *opts, BlockDriverState *in_bs,
     if (backing_file) {
         params.base_name = backing_file;
         params.base_format = "raw"; /* as good as any other here */
+    }
+
+    data_file = qemu_opt_get_del(opts, BLOCK_OPT_DATA_FILE);
+    if (data_file) {
+        params.data_name = data_file;
+        params.data_format = "raw";
     }
 
     length = fvd_measure_image(&params, &image, errp);

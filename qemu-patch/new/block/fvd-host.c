@@ -128,7 +128,11 @@ static int64_t coroutine_fn GRAPH_RDLOCK fvd_co_file_length(BdrvChild *child)
 static int64_t coroutine_fn GRAPH_RDLOCK
 fvd_co_node_op(BlockDriverState *bs, const FVDOp *op, QEMUIOVector *qiov)
 {
-    BdrvChild *child = op->file == FVD_FILE_BASE ? bs->backing : bs->file;
+    BDRVFvdState *s = bs->opaque;
+    BdrvChild *child = op->file == FVD_FILE_BASE ? bs->backing :
+                       op->file == FVD_FILE_DATA ? s->data_file : bs->file;
+    bool guest_data = op->file == FVD_FILE_DATA ||
+                      op->offset >= op->q->engine->data_offset;
     BdrvRequestFlags flags = fvd_op_flags(op);
     int64_t pnum = 0;
     int ret;
@@ -141,13 +145,13 @@ fvd_co_node_op(BlockDriverState *bs, const FVDOp *op, QEMUIOVector *qiov)
     case FVD_OP_READ:
         if (op->file == FVD_FILE_BASE) {
             BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_BACKING_AIO);
-        } else if (op->offset >= op->q->engine->data_offset) {
-            BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_AIO);
+        } else if (guest_data) {
+            BLKDBG_CO_EVENT(child, BLKDBG_READ_AIO);
         }
         return bdrv_co_preadv(child, op->offset, op->len, qiov, 0);
     case FVD_OP_WRITE:
-        if (op->offset >= op->q->engine->data_offset) {
-            BLKDBG_CO_EVENT(bs->file, BLKDBG_WRITE_AIO);
+        if (guest_data) {
+            BLKDBG_CO_EVENT(child, BLKDBG_WRITE_AIO);
         }
         return bdrv_co_pwritev(child, op->offset, op->len, qiov, flags);
     case FVD_OP_FLUSH:
@@ -179,7 +183,8 @@ fvd_co_node_op(BlockDriverState *bs, const FVDOp *op, QEMUIOVector *qiov)
 static int64_t coroutine_fn fvd_co_create_op(FVDEngine *e, const FVDOp *op,
                                              QEMUIOVector *qiov)
 {
-    BlockBackend *blk = op->file == FVD_FILE_BASE ? e->base : e->file;
+    BlockBackend *blk = op->file == FVD_FILE_BASE ? e->base :
+                        op->file == FVD_FILE_DATA ? e->data : e->file;
     BdrvRequestFlags flags = fvd_op_flags(op);
     int64_t pnum = 0;
     int ret;
@@ -212,35 +217,39 @@ static int64_t coroutine_fn fvd_co_create_op(FVDEngine *e, const FVDOp *op,
     g_assert_not_reached();
 }
 
-/* A file that is not there: counts how long it would get */
+/* Files that are not there: counts how long they would get */
 static int64_t fvd_measure_op(FVDEngine *e, const FVDOp *op)
 {
+    bool in_head = op->file == FVD_FILE_IMAGE && op->offset < FVD_MEASURE_HEAD;
+    uint64_t *end;
+
     if (op->file == FVD_FILE_BASE) {
         return -ENOMEDIUM;
     }
+    end = &e->measured_end[op->file];
 
     switch (op->kind) {
     case FVD_OP_READ:
         iov_memset(op->iov, op->iovcnt, 0, 0, op->len);
-        if (op->offset < FVD_MEASURE_HEAD) {
+        if (in_head) {
             iov_from_buf(op->iov, op->iovcnt, 0, e->measuring + op->offset,
                          MIN(op->len, FVD_MEASURE_HEAD - op->offset));
         }
         return 0;
     case FVD_OP_WRITE:
-        if (op->offset < FVD_MEASURE_HEAD) {
+        if (in_head) {
             iov_to_buf(op->iov, op->iovcnt, 0, e->measuring + op->offset,
                        MIN(op->len, FVD_MEASURE_HEAD - op->offset));
         }
         /* fall through */
     case FVD_OP_WRITE_ZEROES:
-        e->measured_end = MAX(e->measured_end, op->offset + op->len);
+        *end = MAX(*end, op->offset + op->len);
         return 0;
     case FVD_OP_TRUNCATE:
-        e->measured_end = MAX(e->measured_end, op->offset);
+        *end = MAX(*end, op->offset);
         return 0;
     case FVD_OP_GET_LENGTH:
-        return e->measured_end;
+        return *end;
     default:
         return 0;
     }
@@ -549,7 +558,7 @@ bool fvd_queue_destroy(FVDQueue *q)
 }
 
 FVDEngine *fvd_engine_new(BlockDriverState *bs, const FVDOptions *options,
-                          const struct fvd_limits *limits, uint32_t flags,
+                          const struct fvd_limits limits[2], uint32_t flags,
                           Error **errp)
 {
     FVDEngine *e = g_new0(FVDEngine, 1);
@@ -559,8 +568,8 @@ FVDEngine *fvd_engine_new(BlockDriverState *bs, const FVDOptions *options,
                           FVD_OPEN_DISCARD_NO_UNREF : 0),
         /* The base is read through the block layer: any alignment will do */
         .limits = {
-            [FVD_FILE_IMAGE] = *limits,
-            [FVD_FILE_DATA] = *limits,
+            [FVD_FILE_IMAGE] = limits[FVD_FILE_IMAGE],
+            [FVD_FILE_DATA] = limits[FVD_FILE_DATA],
         },
         .commit_interval_ms = options->commit_interval_ms,
         .metadata_memory = options->metadata_memory,
@@ -613,7 +622,9 @@ FVDEngine *coroutine_fn fvd_co_engine_open(BlockDriverState *bs,
                                            uint32_t flags, Error **errp)
 {
     BDRVFvdState *s = bs->opaque;
-    FVDEngine *e = fvd_engine_new(bs, options, &s->limits, flags, errp);
+    FVDEngine *e = fvd_engine_new(bs, options, s->limits,
+                                  flags | (s->metadata_only ?
+                                           FVD_OPEN_METADATA : 0), errp);
     struct fvd_info info = { .struct_size = sizeof(info) };
     FVDWait w = {};
 
@@ -625,7 +636,7 @@ FVDEngine *coroutine_fn fvd_co_engine_open(BlockDriverState *bs,
         fvd_co_engine_free(e);
         return NULL;
     }
-    if (fvd_image_info(e->image, &info) == 0) {
+    if (fvd_image_info(e->image, &info) == 0 && !info.data_name[0]) {
         e->data_offset = info.data_offset;
     }
     return e;

@@ -50,14 +50,16 @@ typedef struct FVDQueue {
 struct FVDEngine {
     BlockDriverState *bs;       /* the open node, or NULL and */
     BlockBackend *file;         /* the file of an image to be created, */
+    BlockBackend *data;         /* its data file, if it gets one, */
     BlockBackend *base;         /* its base, if that can be read, */
     uint8_t *measuring;         /* or nothing is written at all, but counted */
-    uint64_t measured_end;
+    uint64_t measured_end[2];   /* by FVD_FILE_IMAGE, FVD_FILE_DATA */
 
     struct fvd_image *image;    /* thread-safe */
     bool writable;
     bool space_wait;            /* writes wait for storage, if not drained */
-    uint64_t data_offset;       /* where guest data begins; set when opened */
+    /* Where guest data begins in bs->file, if it does; set when opened */
+    uint64_t data_offset;
 
     QemuMutex lock;             /* never held across a call of the library */
     bool paused;                /* drained: timers do not run; under @lock */
@@ -90,10 +92,13 @@ typedef struct BDRVFvdState {
     /* Replaced by activation with reads in flight; freed when drained */
     QSLIST_HEAD(, FVDEngine) retired;
 
+    BdrvChild *data_file;       /* or NULL: guest data lies in bs->file */
+
     FVDOptions options;         /* main loop */
     FVDHelper *helper;          /* the helper that runs; main loop */
     int64_t helper_pause_until; /* ms of QEMU_CLOCK_REALTIME; main loop */
-    struct fvd_limits limits;   /* of bs->file; set at open */
+    struct fvd_limits limits[2]; /* by FVD_FILE_IMAGE, FVD_FILE_DATA; from open */
+    bool metadata_only;         /* checked: do without a sound data file */
     struct fvd_info info;       /* when there was an engine last; main loop */
     int64_t virtual_size;       /* atomic */
 } BDRVFvdState;
@@ -114,7 +119,7 @@ int coroutine_fn fvd_co_wait(FVDWait *w, Error **errp);
 struct fvd_queue *fvd_queue(FVDEngine *e);
 bool fvd_queue_destroy(FVDQueue *q);
 FVDEngine *fvd_engine_new(BlockDriverState *bs, const FVDOptions *options,
-                          const struct fvd_limits *limits, uint32_t flags,
+                          const struct fvd_limits limits[2], uint32_t flags,
                           Error **errp);
 void fvd_engine_destroy(FVDEngine *e);
 void coroutine_fn fvd_co_engine_free(FVDEngine *e);

@@ -209,7 +209,7 @@ static void fvd_helper_start(BlockDriverState *bs, uint64_t free,
     for (i = 0; i < words; i++) {
         helper->argv[i] = g_strdup(s->options.space_helper[i]);
     }
-    helper->argv[words] = g_strdup(bs->file->bs->filename);
+    helper->argv[words] = g_strdup((s->data_file ?: bs->file)->bs->filename);
     helper->argv[words + 1] = g_strdup_printf("%" PRIu64, free);
     helper->argv[words + 2] = g_strdup_printf("%" PRIu64, wanted);
 

@@ -156,6 +156,7 @@ static int no_coroutine_fn fvd_swap(FVDSwap *swap)
     GLOBAL_STATE_CODE();
     assert(!qemu_in_coroutine());
 
+    swap->done = false;
     aio_co_enter(qemu_get_aio_context(),
                  qemu_coroutine_create(fvd_co_swap_entry, swap));
     AIO_WAIT_WHILE_UNLOCKED(NULL, !swap->done);
@@ -259,11 +260,95 @@ out:
     return ret;
 }
 
+/*
+ * The data file by the name that the image has for it: never anything but a
+ * plain file or device, which is not probed for a format.  Relative to the
+ * directory of the image.
+ */
+static BdrvChild *fvd_open_named_data_file(BlockDriverState *bs, QDict *options,
+                                           Error **errp)
+{
+    BDRVFvdState *s = bs->opaque;
+    const char *name = s->info.data_name;
+    g_autofree char *full = NULL;
+
+    if (strcmp(s->info.data_format, "raw")) {
+        error_setg(errp, "Data file '%s' has format '%s': it is opened only if "
+                   "given as 'data-file'", name, s->info.data_format);
+        return NULL;
+    }
+    if (path_is_absolute(name)) {
+        full = g_strdup(name);
+    } else {
+        g_autofree char *dir = NULL;
+
+        bdrv_graph_rdlock_main_loop();
+        dir = bdrv_dirname(bs->file->bs, errp);
+        bdrv_graph_rdunlock_main_loop();
+        if (!dir) {
+            error_prepend(errp, "Data file '%s' must be given as 'data-file': ",
+                          name);
+            return NULL;
+        }
+        full = g_strconcat(dir, name, NULL);
+    }
+    return bdrv_open_child(full, options, "data-file", bs, &child_of_bds,
+                           BDRV_CHILD_DATA, false, errp);
+}
+
+/* What the header says is known; the engine is not open yet */
+static int fvd_open_data_file(BlockDriverState *bs, QDict *options, int flags,
+                              Error **errp)
+{
+    BDRVFvdState *s = bs->opaque;
+    bool wanted = s->info.data_name[0];
+    Error *local_err = NULL;
+
+    if (wanted && (flags & BDRV_O_NO_IO)) {
+        /* A look at the metadata must not open what a stranger's image names */
+        qdict_extract_subqdict(options, NULL, "data-file.");
+        qdict_del(options, "data-file");
+    } else {
+        s->data_file = bdrv_open_child(NULL, options, "data-file", bs,
+                                       &child_of_bds, BDRV_CHILD_DATA, true,
+                                       &local_err);
+        if (wanted && !s->data_file && !local_err) {
+            s->data_file = fvd_open_named_data_file(bs, options, &local_err);
+        }
+    }
+    if (!wanted) {
+        if (s->data_file) {
+            error_setg(errp, "'data-file' can only be set for images that have "
+                       "a data file");
+            return -EINVAL;
+        }
+        error_propagate(errp, local_err);
+        return local_err ? -EINVAL : 0;
+    }
+
+    s->metadata_only = (flags & BDRV_O_CHECK) && !(flags & BDRV_O_RDWR);
+    if (local_err && s->metadata_only) {
+        /* The check will tell */
+        warn_report_err(local_err);
+    } else if (local_err) {
+        error_propagate(errp, local_err);
+        return -EINVAL;
+    }
+
+    bdrv_graph_rdlock_main_loop();
+    bs->file->role &= ~BDRV_CHILD_DATA;
+    /* Must succeed because we have given up permissions if anything */
+    bdrv_child_refresh_perms(bs, bs->file, &error_abort);
+    bdrv_graph_rdunlock_main_loop();
+    return 0;
+}
+
 static int fvd_open(BlockDriverState *bs, QDict *options, int flags,
                     Error **errp)
 {
     BDRVFvdState *s = bs->opaque;
     FVDSwap swap = { .bs = bs, .open = true, .errp = errp };
+    BlockDriverState *data_bs;
     int ret;
 
     /* First, as attaching a child drains us */
@@ -282,26 +367,50 @@ static int fvd_open(BlockDriverState *bs, QDict *options, int flags,
     }
 
     bdrv_graph_rdlock_main_loop();
-    fvd_file_limits(bs->file->bs, &s->limits);
+    fvd_file_limits(bs->file->bs, &s->limits[FVD_FILE_IMAGE]);
+    bdrv_graph_rdunlock_main_loop();
+
+    /*
+     * The header first: it says whether there is a data file.  If that is all
+     * we want, another program may be writing: believe little.
+     */
+    swap.options = &s->options;
+    swap.flags = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO;
+    ret = fvd_swap(&swap);
+    if (ret < 0) {
+        goto fail;
+    }
+    ret = fvd_open_data_file(bs, options, flags, errp);
+    if (ret < 0) {
+        goto fail;
+    }
+
+    bdrv_graph_rdlock_main_loop();
+    data_bs = s->data_file ? s->data_file->bs : bs->file->bs;
+    fvd_file_limits(data_bs, &s->limits[FVD_FILE_DATA]);
     bs->supported_zero_flags = BDRV_REQ_MAY_UNMAP |
-        (bs->file->bs->supported_zero_flags & BDRV_REQ_NO_FALLBACK);
+        (data_bs->supported_zero_flags & BDRV_REQ_NO_FALLBACK);
     bdrv_graph_rdunlock_main_loop();
 
     /* FUA is not advertised: QEMU flushes instead, and that commits */
     bs->supported_write_flags = 0;
     bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
 
-    swap.options = &s->options;
-    swap.flags = fvd_open_flags(flags);
     if (flags & (BDRV_O_NO_IO | BDRV_O_INACTIVE)) {
-        /* Another program may be writing: read the header, believe little */
-        swap.flags |= FVD_OPEN_NO_IO;
+        return 0;
     }
+    swap.flags = fvd_open_flags(flags);
     ret = fvd_swap(&swap);
     if (ret == 0) {
         return 0;
     }
 fail:
+    if (s->data_file) {
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, s->data_file);
+        bdrv_graph_wrunlock();
+        s->data_file = NULL;
+    }
     fvd_space_close(bs);
     g_strfreev(s->options.space_helper);
     qemu_mutex_destroy(&s->lock);
@@ -585,6 +694,15 @@ static uint32_t fvd_thread_slot(void)
     return slot;
 }
 
+/* The child that the library calls @file: of guest data, so not the base */
+static BdrvChild *GRAPH_RDLOCK fvd_data_child(BlockDriverState *bs,
+                                              uint32_t file)
+{
+    BDRVFvdState *s = bs->opaque;
+
+    return file == FVD_FILE_DATA ? s->data_file : bs->file;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 fvd_co_rw(BlockDriverState *bs, int64_t offset, int64_t bytes,
           QEMUIOVector *qiov, size_t qiov_offset, bool write)
@@ -606,14 +724,16 @@ fvd_co_rw(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
     if (fvd_lookup(e->image, fvd_thread_slot(), offset, bytes,
                    write ? FVD_LOOKUP_WRITE : 0, &map) == FVD_LOOKUP_DATA) {
-        if (map.len == bytes && map.file == FVD_FILE_IMAGE) {
+        if (map.len == bytes) {
+            BdrvChild *child = fvd_data_child(bs, map.file);
+
             if (write) {
-                BLKDBG_CO_EVENT(bs->file, BLKDBG_WRITE_AIO);
-                ret = bdrv_co_pwritev_part(bs->file, map.offset, bytes, qiov,
+                BLKDBG_CO_EVENT(child, BLKDBG_WRITE_AIO);
+                ret = bdrv_co_pwritev_part(child, map.offset, bytes, qiov,
                                            qiov_offset, 0);
             } else {
-                BLKDBG_CO_EVENT(bs->file, BLKDBG_READ_AIO);
-                ret = bdrv_co_preadv_part(bs->file, map.offset, bytes, qiov,
+                BLKDBG_CO_EVENT(child, BLKDBG_READ_AIO);
+                ret = bdrv_co_preadv_part(child, map.offset, bytes, qiov,
                                           qiov_offset, 0);
             }
             fvd_end(e->image, map.token);
@@ -759,11 +879,8 @@ fvd_co_block_status(BlockDriverState *bs, bool want_zero, int64_t offset,
     case FVD_PLACE_ZERO:
         return BDRV_BLOCK_ZERO;
     default:
-        if (st.file != FVD_FILE_IMAGE) {
-            return BDRV_BLOCK_DATA;
-        }
         *map = st.offset;
-        *file = bs->file->bs;
+        *file = fvd_data_child(bs, st.file)->bs;
         return BDRV_BLOCK_DATA | BDRV_BLOCK_OFFSET_VALID | BDRV_BLOCK_RECURSE;
     }
 }
@@ -977,8 +1094,26 @@ static int fvd_probe_image(const uint8_t *buf, int buf_size,
     return fvd_probe(buf, buf_size) > 0 ? 100 : 0;
 }
 
+/*
+ * WRITE and RESIZE on the data file too, like on any child with metadata, while
+ * the node is writable and active: the library gives storage back and opens
+ * growth steps without a parent's asking.
+ */
+static void fvd_child_perm(BlockDriverState *bs, BdrvChild *c,
+                           BdrvChildRole role, BlockReopenQueue *queue,
+                           uint64_t perm, uint64_t shared,
+                           uint64_t *nperm, uint64_t *nshared)
+{
+    if (role & BDRV_CHILD_DATA) {
+        role |= BDRV_CHILD_METADATA;
+    }
+    bdrv_default_perms(bs, c, role, queue, perm, shared, nperm, nshared);
+}
+
 static void GRAPH_RDLOCK fvd_refresh_limits(BlockDriverState *bs, Error **errp)
 {
+    BDRVFvdState *s = bs->opaque;
+    BdrvChild *data_file = s->data_file ?: bs->file;
     struct fvd_info info;
 
     fvd_get_info(bs->opaque, &info);
@@ -987,8 +1122,8 @@ static void GRAPH_RDLOCK fvd_refresh_limits(BlockDriverState *bs, Error **errp)
      * As the file's, but a disk is a multiple of 512 bytes long, and its last
      * sector must be reachable: the library or the file aligns the rest.
      */
-    if (bs->file) {
-        bs->bl.request_alignment = MIN(bs->file->bs->bl.request_alignment,
+    if (data_file) {
+        bs->bl.request_alignment = MIN(data_file->bs->bl.request_alignment,
                                        BDRV_SECTOR_SIZE);
     }
     bs->bl.max_transfer = MIN_NON_ZERO(bs->bl.max_transfer, FVD_MAX_TRANSFER);
@@ -1049,6 +1184,8 @@ fvd_get_specific_info(BlockDriverState *bs, Error **errp)
         .uuid                   = qemu_uuid_unparse_strdup(&uuid),
         .clean                  = info.flags & FVD_INFO_CLEAN,
         .zeroed                 = fvd_reads_zero(&info),
+        .data_file              = info.data_name[0] ?
+                                  g_strdup(info.data_name) : NULL,
         .data_offset            = info.data_offset,
         .journal_size           = info.journal_size,
         .has_chunk_size         = info.chunk_size,
@@ -1084,8 +1221,7 @@ static BlockDriver bdrv_fvd = {
     .bdrv_reopen_commit             = fvd_reopen_commit,
     .bdrv_reopen_commit_post        = fvd_reopen_commit_post,
     .bdrv_reopen_abort              = fvd_reopen_abort,
-    /* WRITE and RESIZE on a child with metadata while writable and active */
-    .bdrv_child_perm                = bdrv_default_perms,
+    .bdrv_child_perm                = fvd_child_perm,
     .bdrv_inactivate                = fvd_inactivate,
     .bdrv_co_invalidate_cache       = fvd_co_invalidate_cache,
 
