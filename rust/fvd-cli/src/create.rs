@@ -23,26 +23,15 @@ enum Preallocate {
     Full,
 }
 
+/// Options that shape a new image.
 #[derive(Args)]
-pub struct Create {
-    /// The image to make
-    file: PathBuf,
-    /// Size of the disk: bytes, or with K, M, G, T, P, E; without it, the size of the base
-    #[arg(value_parser = parse)]
-    size: Option<u64>,
+pub struct Layout {
     /// Base image whose content the disk starts with; a relative path counts from FILE's directory
     #[arg(short, long, value_name = "BASE", requires = "backing_format")]
     backing: Option<String>,
     /// Format of the base: raw or fvd. Mandatory with a base; it is never guessed
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     backing_format: Option<String>,
-    /// Only record the name of the base, which may be missing or of a format QEMU alone knows; needs SIZE
-    #[arg(short = 'u', long, requires = "backing", requires = "size")]
-    unsafe_backing: bool,
-    /// Put the disk's content into a file of its own, as a raw image; FILE has the metadata. What is there is
-    /// overwritten; a relative path counts from FILE's directory
-    #[arg(long, value_name = "PATH")]
-    data_file: Option<String>,
     /// Copy-on-write unit: a power of two from 4K to 2M [default: by the length of the base]
     #[arg(long, value_name = "SIZE", value_parser = parse)]
     block_size: Option<u64>,
@@ -61,9 +50,27 @@ pub struct Create {
     /// Steps by which the file grows, a multiple of the chunk size [default: 64M]
     #[arg(long, value_name = "SIZE", value_parser = parse, requires = "compact")]
     storage_grow_unit: Option<u64>,
-    /// How much of the disk's space is allocated now
-    #[arg(long, value_enum, default_value_t)]
-    preallocation: Preallocate,
+    /// How much of the disk's space is allocated now [default: off]
+    #[arg(long, value_enum, value_name = "HOW")]
+    preallocation: Option<Preallocate>,
+}
+
+#[derive(Args)]
+pub struct Create {
+    /// The image to make
+    file: PathBuf,
+    /// Size of the disk: bytes, or with K, M, G, T, P, E; without it, the size of the base
+    #[arg(value_parser = parse)]
+    size: Option<u64>,
+    #[command(flatten)]
+    layout: Layout,
+    /// Only record the name of the base, which may be missing or of a format QEMU alone knows; needs SIZE
+    #[arg(short = 'u', long, requires = "backing", requires = "size")]
+    unsafe_backing: bool,
+    /// Put the disk's content into a file of its own, as a raw image; FILE has the metadata. What is there is
+    /// overwritten; a relative path counts from FILE's directory
+    #[arg(long, value_name = "PATH")]
+    data_file: Option<String>,
     /// Past the page cache (O_DIRECT)
     #[arg(long)]
     direct: bool,
@@ -73,6 +80,46 @@ pub struct Create {
     /// Print nothing on success
     #[arg(short, long)]
     quiet: bool,
+}
+
+impl Layout {
+    /// The engine's parameters, for a disk of `size` bytes or of the base's length.
+    pub fn params(&self, size: Option<u64>) -> Result<CreateParams, Failure> {
+        let block_size = self.block_size.unwrap_or(0);
+        let chunk_size = self.chunk_size.unwrap_or(0);
+        Ok(CreateParams {
+            virtual_size: size,
+            block_size: u32::try_from(block_size).map_err(|_| Failure::new(format!("block size {block_size} is larger than 2M")))?,
+            journal_size: self.journal_size.unwrap_or(0),
+            base_name: self.backing.clone().unwrap_or_default(),
+            base_format: self.backing_format.clone().unwrap_or_default(),
+            data_name: String::new(),
+            data_format: String::new(),
+            detect_sparse_hole: self.detect_sparse_hole.unwrap_or(0),
+            preallocation: match self.preallocation.unwrap_or_default() {
+                Preallocate::Off => Preallocation::Off,
+                Preallocate::Metadata => Preallocation::Metadata,
+                Preallocate::Falloc => Preallocation::Falloc,
+                Preallocate::Full => Preallocation::Full,
+            },
+            compact: self.compact,
+            chunk_size: u32::try_from(chunk_size).map_err(|_| Failure::new(format!("chunk size {chunk_size} is larger than 64M")))?,
+            storage_grow_unit: self.storage_grow_unit.unwrap_or(0),
+        })
+    }
+
+    /// An option that was given, if there is one.
+    pub fn given(&self) -> Option<&'static str> {
+        let options = [
+            (self.backing.is_some(), "--backing"),
+            (self.block_size.is_some(), "--block-size"),
+            (self.journal_size.is_some(), "--journal-size"),
+            (self.detect_sparse_hole.is_some(), "--detect-sparse-hole"),
+            (self.compact, "--compact"),
+            (self.preallocation.is_some(), "--preallocation"),
+        ];
+        options.iter().find(|(given, _)| *given).map(|(_, name)| *name)
+    }
 }
 
 fn parse_hole(text: &str) -> Result<u64, String> {
@@ -90,29 +137,13 @@ pub fn run(args: &Create) -> Outcome {
         let near = size.saturating_add(SECTOR - 1) / SECTOR * SECTOR;
         return Err(Failure::new(format!("size {size} is no multiple of {SECTOR}: use {near}")));
     }
-    if args.size.is_none() && args.backing.is_none() {
+    if args.size.is_none() && args.layout.backing.is_none() {
         return Err(Failure::new(format!("'{}': a size is needed, as there is no base to take it from", args.file.display())));
     }
-    let block_size = args.block_size.unwrap_or(0);
-    let chunk_size = args.chunk_size.unwrap_or(0);
     let params = CreateParams {
-        virtual_size: args.size,
-        block_size: u32::try_from(block_size).map_err(|_| Failure::new(format!("block size {block_size} is larger than 2M")))?,
-        journal_size: args.journal_size.unwrap_or(0),
-        base_name: args.backing.clone().unwrap_or_default(),
-        base_format: args.backing_format.clone().unwrap_or_default(),
         data_format: if args.data_file.is_some() { "raw".into() } else { String::new() },
         data_name: args.data_file.clone().unwrap_or_default(),
-        detect_sparse_hole: args.detect_sparse_hole.unwrap_or(0),
-        preallocation: match args.preallocation {
-            Preallocate::Off => Preallocation::Off,
-            Preallocate::Metadata => Preallocation::Metadata,
-            Preallocate::Falloc => Preallocation::Falloc,
-            Preallocate::Full => Preallocation::Full,
-        },
-        compact: args.compact,
-        chunk_size: u32::try_from(chunk_size).map_err(|_| Failure::new(format!("chunk size {chunk_size} is larger than 64M")))?,
-        storage_grow_unit: args.storage_grow_unit.unwrap_or(0),
+        ..args.layout.params(args.size)?
     };
     let options = Options { direct: args.direct, ..host_options() };
     let mut printer = Printer::stderr(format!("creating '{}'", args.file.display()), args.progress);

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod convert;
 mod create;
 mod dump;
 mod info;
@@ -33,6 +34,8 @@ enum Command {
     Info(info::Info),
     /// Check an image, and repair it. Exit status, by what is left: 0 sound, 2 damaged, 3 space leaked only, 1 could not be checked
     Check(check::Check),
+    /// Copy a disk into a new image, of another format or layout if wished
+    Convert(convert::Convert),
     /// List where the content of the disk is: in the image (data), in the base, or nowhere (zero)
     Map(map::Map),
     /// Print metadata as it stands in the file, damaged or not; takes no locks and writes nothing
@@ -122,6 +125,7 @@ fn main() -> ExitCode {
         Command::Create(args) => create::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Dump(args) => dump::run(&args),
     };

@@ -35,21 +35,32 @@ impl<W: Write> Printer<W> {
 
     /// To be called every now and then. Nothing about progress is worth an error.
     pub fn tick(&mut self, progress: Progress) {
-        let Some(out) = &mut self.out else { return };
-        // Line by line only as often as one can read.
-        let pause = if self.lines { QUIET } else { Duration::ZERO };
-        if progress.elapsed < QUIET || progress.elapsed < self.last + pause {
-            return;
-        }
-        self.last = progress.elapsed;
-        self.shown = true;
-        let mut text = format!("{}: {} s", self.what, progress.elapsed.as_secs());
+        let mut text = String::new();
         if progress.base_reached > 0 {
             text += &format!(", base read to {}", human(progress.base_reached));
         }
         if progress.image_reached > 0 {
             text += &format!(", image at {}", human(progress.image_reached));
         }
+        self.print(progress.elapsed, &text);
+    }
+
+    /// As [`Printer::tick`] where it is known how much there is to do: `done` bytes of `size`.
+    pub fn tick_of(&mut self, elapsed: Duration, done: u64, size: u64) {
+        let percent = if size == 0 { 100.0 } else { done as f64 * 100.0 / size as f64 };
+        self.print(elapsed, &format!(", {percent:.1}%, {} of {}", human(done), human(size)));
+    }
+
+    fn print(&mut self, elapsed: Duration, how_far: &str) {
+        let Some(out) = &mut self.out else { return };
+        // Line by line only as often as one can read.
+        let pause = if self.lines { QUIET } else { Duration::ZERO };
+        if elapsed < QUIET || elapsed < self.last + pause {
+            return;
+        }
+        self.last = elapsed;
+        self.shown = true;
+        let text = format!("{}: {} s{how_far}", self.what, elapsed.as_secs());
         let _ = if self.lines { writeln!(out, "{text}") } else { write!(out, "\r{text}\x1b[K").and_then(|()| out.flush()) };
     }
 
@@ -88,6 +99,16 @@ mod tests {
         let text = printed(false, &[0.8, 1.0, 1.2]);
         assert_eq!(text.matches("\rchecking 'x': 1 s, image at 1.5 GiB\x1b[K").count(), 2);
         assert!(text.ends_with("\r\x1b[K"), "{text:?}");
+    }
+
+    #[test]
+    fn percent_where_the_end_is_known() {
+        let mut out = Vec::new();
+        let mut printer = Printer::new("converting 'x'".into(), Some(&mut out), true);
+        printer.tick_of(Duration::from_secs(2), 1 << 29, 3 << 29);
+        printer.finish();
+        let text = String::from_utf8(out).unwrap();
+        assert!(text.starts_with("converting 'x': 2 s, 33.3%, 512 MiB of 1.5 GiB\n"), "{text}");
     }
 
     #[test]

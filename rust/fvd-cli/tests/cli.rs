@@ -6,55 +6,14 @@ use serde_json::Value;
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 const MIB: u64 = 1 << 20;
 
-struct Dir(tempfile::TempDir);
-
-/// What a run of the tool left: status, standard output, standard error.
-struct Ran {
-    status: i32,
-    out: String,
-    err: String,
-}
+mod common;
+use common::Dir;
 
 impl Dir {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn fvd(&self, args: &[&str]) -> Ran {
-        let out = Command::new(env!("CARGO_BIN_EXE_fvd")).args(args).current_dir(self.0.path()).stdin(Stdio::null()).output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        let ran = Ran { status: out.status.code().expect("no signal"), out: text(out.stdout), err: text(out.stderr) };
-        assert!(!ran.err.contains("panicked"), "{args:?}: {}", ran.err);
-        ran
-    }
-
-    fn good(&self, args: &[&str]) -> String {
-        let ran = self.fvd(args);
-        assert_eq!(ran.status, 0, "{args:?}: {}{}", ran.out, ran.err);
-        ran.out
-    }
-
-    /// Fails with status 1 and says each of `words`.
-    fn bad(&self, args: &[&str], words: &[&str]) {
-        let ran = self.fvd(args);
-        assert_eq!(ran.status, 1, "{args:?}: {}", ran.out);
-        for word in words {
-            assert!(ran.err.contains(word), "{args:?} should say '{word}': {}", ran.err);
-        }
-    }
-
-    fn json(&self, args: &[&str]) -> Value {
-        serde_json::from_str(&self.good(args)).unwrap()
-    }
-
     /// A base with a hole at the start, data at 1–2 MiB, and 4 MiB in all; a disk over it.
     fn disk(&self) -> PathBuf {
         let base = std::fs::File::create(self.at("base.raw")).unwrap();

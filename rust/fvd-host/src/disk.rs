@@ -120,8 +120,8 @@ pub(crate) fn wait(io: &FileIo, queue: &Rc<Queue<LocalHost>>, request: Request<I
 /// An open image.
 pub struct Disk {
     image: Arc<Image>,
-    queue: Rc<Queue<LocalHost>>,
-    io: Rc<FileIo>,
+    pub(crate) queue: Rc<Queue<LocalHost>>,
+    pub(crate) io: Rc<FileIo>,
 }
 
 impl Disk {
@@ -249,6 +249,11 @@ impl Disk {
 
     /// Closes the image in good order.
     pub fn close(self) -> Result<()> {
+        self.finish()
+    }
+
+    /// As [`Disk::close`]; nothing is served afterwards.
+    pub(crate) fn finish(&self) -> Result<()> {
         self.simple(Request::Close)?;
         self.settle()
     }
@@ -262,6 +267,6 @@ impl Disk {
     }
 }
 
-fn unexpected(reply: &Reply) -> Error {
+pub(crate) fn unexpected(reply: &Reply) -> Error {
     Error::new(Kind::State, format!("the engine answered {reply:?}"))
 }

@@ -422,6 +422,17 @@ impl FileIo {
         }
     }
 
+    /// Answers as [`OpKind::BaseStatus`] for `len` guest bytes at `offset` which the image has at `place`.
+    pub(crate) fn content_status(&self, place: Place, offset: u64, len: u64, done: Box<dyn FnOnce(i64)>) {
+        match place {
+            Place::Zero => done(len as i64),
+            Place::Base => self.base_status(offset, len, done),
+            // A hole in the file reads as zero: a flat disk does not know where it was never written.
+            Place::Data { file: FileId::Image, offset } => done(self.files.image.status(offset, len)),
+            Place::Data { .. } => done(STATUS_DATA + len as i64),
+        }
+    }
+
     fn finish_now(&self, token: Token, op: HostOp<IoVecBuf>, ret: i64) {
         self.note(&op);
         self.finished.borrow_mut().push((token, ret, op));
@@ -561,10 +572,9 @@ impl Nested {
         let answer = Box::new(move |result: Result<Reply>| match result {
             Ok(Reply::Status(status)) => {
                 let len = status.len.min(len);
-                match (status.place, io.upgrade()) {
-                    (Place::Zero, _) => done(len as i64),
-                    (Place::Base, Some(io)) => io.base_status(offset, len, done),
-                    _ => done(STATUS_DATA + len as i64),
+                match io.upgrade() {
+                    Some(io) => io.content_status(status.place, offset, len, done),
+                    None => done(STATUS_DATA + len as i64),
                 }
             }
             Ok(_) => done(-i64::from(libc::EIO)),

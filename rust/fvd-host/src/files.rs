@@ -126,6 +126,26 @@ impl Files {
         limits
     }
 
+    /// Every file of the chain, from the image to its last base.
+    pub(crate) fn identities(&self) -> Vec<Identity> {
+        let mut all = vec![self.image.identity];
+        match &self.base {
+            Some(BaseFile::Raw(raw)) => all.push(raw.identity),
+            Some(BaseFile::Fvd(base)) => all.extend(base.files.identities()),
+            None => {}
+        }
+        all
+    }
+
+    /// Whether both images have a base, and it is the same file, read the same way.
+    pub(crate) fn same_base(&self, other: &Self) -> bool {
+        match (&self.base, &other.base) {
+            (Some(BaseFile::Raw(one)), Some(BaseFile::Raw(two))) => one.identity == two.identity,
+            (Some(BaseFile::Fvd(one)), Some(BaseFile::Fvd(two))) => one.files.image.identity == two.files.image.identity,
+            _ => false,
+        }
+    }
+
     /// The image's path, as it was given.
     pub fn path(&self) -> &Path {
         &self.image.path

@@ -3,8 +3,9 @@
 //!
 //! [`Files`] are opened once (with QEMU's locks, see [`lock`]) and shared by threads; each thread
 //! has a [`FileIo`], which does the engine's operations by io_uring or threads; [`disk::Disk`] puts
-//! an engine on top and blocks. QEMU does not use any of this: there QEMU is the host.
+//! an engine on top and blocks, [`convert`] copies from one to another. QEMU does not use any of this: there QEMU is the host.
 
+pub mod convert;
 pub mod disk;
 mod file;
 mod files;

@@ -3,7 +3,9 @@
 
 use fvd_engine::host::{FileId, HostOp, OpKind, OwnBuf, Segment};
 use fvd_engine::{CreateParams, Kind};
+use fvd_host::convert::{Source, Target, convert};
 use fvd_host::{FileIo, IoVecBuf, Options, disk::Disk};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -139,11 +141,56 @@ fn image(device: &Path, direct: bool, threads: bool) {
     assert!(device.exists(), "a device is not removed");
 }
 
+/// Copies a disk that ends within a sector of the device onto it, and back.
+fn copies(device: &Path, direct: bool) {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let (from, back) = (dir.path().join("from.raw"), dir.path().join("back.raw"));
+    let size = 6 * MIB - 512;
+    let mut model = vec![0; size as usize];
+    for (at, len) in [(4096, 4096), (2 * MIB + 512, 100_000), (size - 512, 512)] {
+        model[at as usize..][..len].fill(0x77);
+    }
+    std::fs::write(&from, &model).unwrap();
+    let end = |path: &Path, params: &Option<CreateParams>| {
+        let options = Options { direct, ..Options::default() };
+        let source = Source { path: path.into(), raw: params.is_none(), options: options.clone() };
+        (source, Target { path: path.into(), params: params.clone(), options, sparse: 4096 })
+    };
+    let flat = CreateParams { journal_size: MIB, ..CreateParams::default() };
+    let compact = CreateParams { compact: true, chunk_size: 65536, storage_grow_unit: MIB, ..flat.clone() };
+    let (file, copy) = (end(&from, &None).0, end(&back, &None).1);
+    for params in [None, Some(flat), Some(compact)] {
+        // What is not written is old content.
+        std::fs::OpenOptions::new().write(true).open(device).unwrap().write_all_at(&vec![0x5a; SIZE as usize], 0).unwrap();
+        let (source, target) = end(device, &params);
+        let made = convert(&file, &target, &mut |_| true).unwrap();
+        assert_eq!(made.size, size);
+        assert!(made.written < MIB, "{made:?}");
+        if params.is_none() {
+            let bytes = std::fs::read(device).unwrap();
+            assert!(bytes[..size as usize] == model, "direct {direct}: raw");
+            assert!(bytes[size.next_multiple_of(4096) as usize..].iter().all(|&b| b == 0x5a), "nothing behind the disk's last sector");
+            continue;
+        }
+        convert(&source, &copy, &mut |_| true).unwrap();
+        assert!(std::fs::read(&back).unwrap() == model, "direct {direct}: {params:?}");
+    }
+    // The device as a raw source is all of it.
+    convert(&end(device, &None).0, &copy, &mut |_| true).unwrap();
+    assert!(std::fs::read(&back).unwrap() == std::fs::read(device).unwrap());
+    let before = std::fs::read(device).unwrap();
+    std::fs::File::create(&from).unwrap().set_len(SIZE + 512).unwrap();
+    let error = convert(&file, &end(device, &None).1, &mut |_| true).unwrap_err();
+    assert!(error.kind == Kind::NoSpace && error.text.contains(&(SIZE + 512).to_string()), "{error}");
+    assert!(std::fs::read(device).unwrap() == before, "refused before anything was written");
+}
+
 #[test]
 fn a_device_with_large_sectors() {
     let Some(device) = Loop::new() else { return };
     for direct in [false, true] {
         operations(&device.path, direct);
+        copies(&device.path, direct);
     }
     for (direct, threads) in [(false, false), (true, false), (true, true)] {
         image(&device.path, direct, threads);
