@@ -379,6 +379,73 @@ static void wrong_parameters(void)
     disk_end(&d);
 }
 
+/* API-80, API-7 */
+static void amended(enum mode mode)
+{
+    struct disk d;
+    struct fvd_amend a = { .struct_size = sizeof(a) };
+    uint8_t *buf = malloc(STEP);
+    CHECK(buf);
+    memset(buf, 0x33, STEP);
+    start(&d, mode, MIB, 0);
+    struct fvd_info info = info_of(&d);
+    CHECK_EQ(do_amend(&d.q, &a), 0);
+    CHECK_EQ(do_amend(&d.q, NULL), -EINVAL);
+    /* What it has. */
+    a = (struct fvd_amend){ .struct_size = sizeof(a), .given = 31, .flags = FVD_CREATE_COMPACT, .storage_grow_unit = STEP,
+                            .chunk_size = CHUNK, .block_size = info.block_size, .journal_size = info.journal_size };
+    CHECK_EQ(do_amend(&d.q, &a), 0);
+    CHECK_EQ(info_of(&d).generation, info.generation);
+    /* One wrong value, and nothing changes. */
+    a.storage_grow_unit = 2 * CHUNK;
+    for (int i = 0; i < 9; i++) {
+        struct fvd_amend b = a;
+        int64_t want = -ENOTSUP;
+        switch (i) {
+        case 0: b.flags = 0; break;
+        case 1: b.chunk_size *= 2; break;
+        case 2: b.block_size = 0; break;
+        case 3: b.journal_size += 64 * KIB; break;
+        case 4: b.storage_grow_unit = CHUNK + 4096; want = -EINVAL; break;
+        case 5: b.storage_grow_unit = 0; want = -EINVAL; break;
+        case 6: b.storage_grow_unit = UINT64_MAX; want = -EINVAL; break;
+        case 7: b.given |= 32; want = -EINVAL; break;
+        case 8: b.flags |= 2; want = -EINVAL; break;
+        }
+        CHECK_EQ(do_amend(&d.q, &b), want);
+        CHECK_EQ(info_of(&d).storage_grow_unit, STEP);
+    }
+    CHECK_EQ(info_of(&d).generation, info.generation);
+    CHECK_EQ(do_write(&d.q, buf, CHUNK, 0, 0), 0);
+    a.storage_grow_unit = 3 * STEP;
+    CHECK_EQ(do_amend(&d.q, &a), 0);
+    CHECK_EQ(info_of(&d).storage_grow_unit, 3 * STEP);
+    /* Durable without a flush, and right for the steps that follow. */
+    disk_crash_and_reopen(&d);
+    CHECK_EQ(info_of(&d).storage_grow_unit, 3 * STEP);
+    CHECK_EQ(info_of(&d).reach, info.data_offset + STEP);
+    CHECK_EQ(do_write(&d.q, buf, STEP, 0, 0), 0);
+    CHECK_EQ(do_write(&d.q, buf, STEP, STEP, FVD_REQ_FUA), 0);
+    CHECK_EQ(do_close(&d.q), 0);
+    CHECK_EQ(info_of(&d).reach, info.data_offset + STEP + 3 * STEP);
+    disk_end(&d);
+    free(buf);
+}
+
+/* API-80 */
+static void amended_flat(void)
+{
+    struct disk d;
+    struct fvd_amend a = { .struct_size = sizeof(a), .given = FVD_AMEND_STORAGE_GROW_UNIT, .storage_grow_unit = STEP };
+    disk_start(&d, INLINE, MIB, 0);
+    CHECK_EQ(do_amend(&d.q, &a), -ENOTSUP);
+    a.given = FVD_AMEND_FLAGS | FVD_AMEND_CHUNK_SIZE;
+    CHECK_EQ(do_amend(&d.q, &a), 0);
+    a.flags = FVD_CREATE_COMPACT;
+    CHECK_EQ(do_amend(&d.q, &a), -ENOTSUP);
+    disk_end(&d);
+}
+
 static void wait_file(struct fvd_file *file, struct result *r)
 {
     while (!r->calls) {
@@ -443,7 +510,9 @@ int main(void)
         for (int end = 0; end < 4; end++) {
             waiting_for_space(mode, end);
         }
+        amended(mode);
     }
+    amended_flat();
     wrong_parameters();
     file_host();
     return 0;

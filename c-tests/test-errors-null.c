@@ -17,6 +17,7 @@ static void remember(void *opaque, int64_t ret, const char *error)
 static void all_submits(struct fvd_queue *queue)
 {
     struct fvd_create params = { .struct_size = sizeof(params), .virtual_size = MIB };
+    struct fvd_amend amend = { .struct_size = sizeof(amend) };
     struct fvd_block_status status = { .struct_size = sizeof(status) };
     struct fvd_check check = { .struct_size = sizeof(check) };
     char buf[512];
@@ -48,6 +49,8 @@ static void all_submits(struct fvd_queue *queue)
     CHECK(calls == 12 && last == -EINVAL);
     fvd_submit_make_empty(queue, remember, &last);
     CHECK(calls == 13 && last == -EINVAL);
+    fvd_submit_amend(queue, &amend, remember, &last);
+    CHECK(calls == 14 && last == -EINVAL);
 }
 
 /* API-29: so do the others, or they do nothing. */

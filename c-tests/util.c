@@ -574,6 +574,13 @@ int64_t do_change_base(struct mem_queue *q, const char *name, const char *format
     return wait_for(q, &r);
 }
 
+int64_t do_amend(struct mem_queue *q, const struct fvd_amend *params)
+{
+    struct result r = { 0 };
+    fvd_submit_amend(q->queue, params, done, &r);
+    return wait_for(q, &r);
+}
+
 int64_t do_make_empty(struct mem_queue *q)
 {
     struct result r = { 0 };

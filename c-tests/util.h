@@ -148,6 +148,7 @@ int64_t do_write_zeroes(struct mem_queue *q, uint64_t offset, uint64_t len, uint
 int64_t do_discard(struct mem_queue *q, uint64_t offset, uint64_t len);
 int64_t do_resize(struct mem_queue *q, uint64_t size, uint32_t flags);
 int64_t do_status(struct mem_queue *q, uint64_t offset, uint64_t len, struct fvd_block_status *out);
+int64_t do_amend(struct mem_queue *q, const struct fvd_amend *params);
 int64_t do_change_base(struct mem_queue *q, const char *name, const char *format);
 int64_t do_make_empty(struct mem_queue *q);
 int64_t do_check(struct mem_queue *q, struct fvd_check *out);

@@ -179,6 +179,31 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_CREATE_COMPACT 1
 
 /**
+ * fvd_amend: storage_grow_unit is given.
+ */
+#define FVD_AMEND_STORAGE_GROW_UNIT 1
+
+/**
+ * fvd_amend: flags are given.
+ */
+#define FVD_AMEND_FLAGS 2
+
+/**
+ * fvd_amend: chunk_size is given.
+ */
+#define FVD_AMEND_CHUNK_SIZE 4
+
+/**
+ * fvd_amend: block_size is given.
+ */
+#define FVD_AMEND_BLOCK_SIZE 8
+
+/**
+ * fvd_amend: journal_size is given.
+ */
+#define FVD_AMEND_JOURNAL_SIZE 16
+
+/**
  * In a file of this image.
  */
 #define FVD_PLACE_DATA 0
@@ -717,6 +742,41 @@ struct fvd_block_status {
 };
 
 /**
+ * What an image that exists is asked to have.
+ */
+struct fvd_amend {
+    /**
+     * sizeof(struct fvd_amend)
+     */
+    size_t struct_size;
+    /**
+     * FVD_AMEND_*: which of the members below are given.
+     */
+    uint32_t given;
+    /**
+     * FVD_CREATE_*; cannot change.
+     */
+    uint32_t flags;
+    /**
+     * Compact: steps of the file's growth in bytes, a multiple of the chunk
+     * size.
+     */
+    uint64_t storage_grow_unit;
+    /**
+     * As fvd_info has it; cannot change.
+     */
+    uint64_t chunk_size;
+    /**
+     * As fvd_info has it; cannot change.
+     */
+    uint64_t block_size;
+    /**
+     * As fvd_info has it; cannot change.
+     */
+    uint64_t journal_size;
+};
+
+/**
  * What a check found.
  */
 struct fvd_check {
@@ -1043,6 +1103,18 @@ void fvd_submit_change_base(struct fvd_queue *queue,
                             const char *format,
                             fvd_done_fn *done,
                             void *opaque);
+
+/**
+ * Changes options of creation, all or none, in one step that a crash does not
+ * divide; durable when it is done. Only the growth step can change; another
+ * value than the image has of anything else is -ENOTSUP, and so is a growth
+ * step for an image that is not compact. params is copied. The size and the
+ * base have requests of their own.
+ */
+void fvd_submit_amend(struct fvd_queue *queue,
+                      const struct fvd_amend *params,
+                      fvd_done_fn *done,
+                      void *opaque);
 
 /**
  * Gives every block back to the base, in one step that a crash does not

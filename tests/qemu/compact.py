@@ -181,6 +181,99 @@ with suite.test("QMP: blockdev-create, query-named-block-nodes, resize with prea
     io(path, "read -q -P 0 4M 3M", "read -q -P 0x31 1M 70000")
     check_clean(path)
 
+with suite.test("qemu-img amend: growth step and size; nothing changes if one option cannot"):
+    path = create(suite.path("am.img"), 8 * MIB)
+    img("amend", "-q", "-f", "fvd", "-o", "storage_grow_unit=2M", path)
+    check(data_of(path)["storage-grow-unit"] == 2 * MIB, "%s", data_of(path))
+    io(path, "write -q -P 7 0 64k")
+    check(os.path.getsize(path) == data_of(path)["data-offset"] + 2 * MIB, "the next step is of %d bytes", os.path.getsize(path))
+    before = data_of(path)
+    same = "storage_grow_unit=2M,chunk_size=64k,compact_image=on,journal_size=1M,block_size=0,size=8M"
+    img("amend", "-q", "-f", "fvd", "-o", same, path)
+    after = data_of(path)
+    check(dict(after, generation=0) == dict(before, generation=0), "%s, before %s", after, before)
+    for option, parts in (("chunk_size=128k", ["chunk_size", "131072", "cannot change"]), ("journal_size=2M", ["journal_size", "2097152", "cannot change"]),
+                          ("block_size=4k", ["block_size", "cannot change"]), ("compact_image=off", ["compact_image", "cannot change"]),
+                          ("preallocation=full", ["preallocation"]), ("data_file=x", ["data_file"]), ("storage_grow_unit=100k", ["storage_grow_unit", "102400"]),
+                          ("backing_file=x", ["backing", "rebase"])):
+        has(img("amend", "-f", "fvd", "-o", "size=16M," + option, path, status=1), *parts)
+        check(data_of(path)["storage-grow-unit"] == 2 * MIB and run_json("qemu-img", "info", "--output=json", path)["virtual-size"] == 8 * MIB, "%s changes something", option)
+    img("amend", "-q", "-f", "fvd", "-o", "size=12M,storage_grow_unit=1M", path)
+    check(run_json("qemu-img", "info", "--output=json", path)["virtual-size"] == 12 * MIB, "the size stays")
+    io(path, "read -q -P 7 0 64k", "read -q -P 0 64k 12224k")
+    check_clean(path)
+    base = suite.path("am.raw")
+    with open(base, "wb") as f:
+        f.truncate(4 * MIB)
+    over = create(suite.path("am2.img"), 4 * MIB, "journal_size=1M", base)
+    img("amend", "-q", "-f", "fvd", "-o", "backing_file=%s,backing_fmt=raw,size=6M" % base, over)
+    has(img("amend", "-f", "fvd", "-o", "backing_fmt=qcow2", over, status=1), "backing", "rebase")
+    has(img("amend", "-f", "fvd", "-o", "storage_grow_unit=1M", over, status=1), "storage_grow_unit", "not compact")
+    has(img("amend", "-f", "fvd", "-o", "help"), "size", "storage_grow_unit", "cannot change")
+    check(run_json("qemu-img", "info", "--output=json", over)["backing-filename"] == base, "the base")
+    check_clean(over)
+
+with suite.test("blockdev-amend: while the disk is written to, and what it refuses"):
+    path = create(suite.path("ba.img"), 64 * MIB)
+    flat = suite.path("ba2.img")
+    img("create", "-q", "-f", "fvd", flat, "1M")
+    with Daemon("--nbd-server", "addr.type=unix,addr.path=%s" % suite.path("ba.nbd")) as daemon:
+        qmp = daemon.qmp
+        qmp("blockdev-add", **node("n", path))
+        qmp("blockdev-add", **node("flat", flat))
+        qmp("block-export-add", id="e", type="nbd", node_name="n", name="e", writable=True)
+        link = NBD(suite.path("ba.nbd"), "e")
+
+        def amend(name, **options):
+            # The error of the job, or None.
+            try:
+                qmp.job("x-blockdev-amend", job_id="amend", node_name=name, options=dict(options, driver="fvd"))
+            except Failure as failure:
+                return str(failure)
+            return None
+
+        for turn, unit in enumerate((2 * MIB, 64 * KIB, 4 * MIB, 4 * MIB)):
+            link.write(turn * 3 * MIB, bytes([turn + 1]) * (2 * MIB))
+            check(amend("n", **{"storage-grow-unit": unit}) is None, "amend to %d", unit)
+            check(qmp.node("n")["image"]["format-specific"]["data"]["storage-grow-unit"] == unit, "%d", unit)
+        has(amend("n", **{"storage-grow-unit": 100000}), "storage_grow_unit", "100000")
+        has(amend("flat", **{"storage-grow-unit": MIB}), "storage_grow_unit", "not compact")
+        check(amend("flat") is None, "nothing to amend")
+        has(qmp.error("x-blockdev-amend", job_id="x", node_name="n", options={"driver": "fvd", "chunk-size": MIB}), "chunk-size")
+        for turn in range(4):
+            check(link.read(turn * 3 * MIB, 2 * MIB) == bytes([turn + 1]) * (2 * MIB), "written before amend %d", turn)
+        link.close()
+        qmp("block-export-del", id="e", mode="hard")
+        wait_for(lambda: not qmp("query-block-exports"), "the end of the export")
+    check(data_of(path)["storage-grow-unit"] == 4 * MIB, "%s", data_of(path))
+    check_clean(path)
+
+with suite.test("fvd convert and qemu-img convert make the same of a disk"):
+    base, over = suite.path("cv.raw"), suite.path("cv.img")
+    with open(base, "wb") as f:
+        f.truncate(24 * MIB)
+        for at in (0, 3 * MIB + 512, 17 * MIB):
+            f.seek(at)
+            f.write(rnd.randbytes(200 * KIB))
+    create(over, 32 * MIB, SMALL + ",block_size=16k", base)
+    io(over, "write -q -P 0x11 5M 300k", "write -q -z -u 17M 100k", "write -q -P 0x12 30M 1000", "discard -q 0 64k")
+    ours, theirs = suite.path("cv1"), suite.path("cv2")
+    img("convert", "-f", "fvd", "-O", "raw", over, theirs)
+    run("fvd", "convert", "-q", "-O", "raw", over, ours)
+    check(stored(ours) <= stored(theirs) + 64 * KIB, "%d bytes are stored, by qemu-img %d", stored(ours), stored(theirs))
+    img("compare", "-f", "raw", "-F", "raw", ours, theirs)
+    for options in ([], ["--compact", "--chunk-size", "64K"], ["-b", base, "-F", "raw"], ["-b", base, "-F", "raw", "--compact", "-S", "64K"]):
+        run("fvd", "convert", "-q", "-O", "fvd", *options, over, ours)
+        img("compare", "-f", "fvd", "-F", "raw", ours, theirs)
+        check_clean(ours)
+        run("fvd", "convert", "-q", "-f", "raw", "-O", "fvd", *options, theirs, ours)
+        img("compare", "-f", "fvd", "-F", "raw", ours, theirs)
+        check_clean(ours)
+    # And what qemu-img made is read by ours.
+    img("convert", "-f", "raw", "-O", "fvd", "-o", SMALL, theirs, over)
+    run("fvd", "convert", "-q", "-O", "raw", over, ours)
+    img("compare", "-f", "raw", "-F", "raw", ours, theirs)
+
 with suite.test("preallocation: every chunk has its place, and falloc and full its storage"):
     for mode, least in (("metadata", 0), ("falloc", 8 * MIB), ("full", 8 * MIB)):
         path = create(suite.path("p.img"), 8 * MIB, SMALL + ",preallocation=" + mode)

@@ -310,6 +310,57 @@ QemuOptsList fvd_create_opts = {
     }
 };
 
+/* What cannot change is accepted with the value that the image has */
+QemuOptsList fvd_amend_opts = {
+    .name = "fvd-amend-opts",
+    .head = QTAILQ_HEAD_INITIALIZER(fvd_amend_opts.head),
+    .desc = {
+        {
+            .name = BLOCK_OPT_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Virtual disk size"
+        },
+        {
+            .name = BLOCK_OPT_BACKING_FILE,
+            .type = QEMU_OPT_STRING,
+            .help = "File name of the base image (changed by rebase only)"
+        },
+        {
+            .name = BLOCK_OPT_BACKING_FMT,
+            .type = QEMU_OPT_STRING,
+            .help = "Image format of the base image (changed by rebase only)"
+        },
+        {
+            .name = FVD_OPT_STORAGE_GROW_UNIT,
+            .type = QEMU_OPT_SIZE,
+            .help = "Steps by which the file of a compact image grows, in "
+                    "bytes, a multiple of chunk_size"
+        },
+        {
+            .name = FVD_OPT_BLOCK_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Copy-on-write unit in bytes (cannot change)"
+        },
+        {
+            .name = FVD_OPT_COMPACT_IMAGE,
+            .type = QEMU_OPT_BOOL,
+            .help = "Storage is allocated when it is written (cannot change)"
+        },
+        {
+            .name = FVD_OPT_CHUNK_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Allocation unit of a compact image in bytes (cannot "
+                    "change)"
+        },
+        {
+            .name = FVD_OPT_JOURNAL_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "Journal size in bytes (cannot change)"
+        },
+        { /* end of list */ }
+    }
+};
+
 /* 2011's option said on and off; 1 means one block to the library */
 static bool fvd_parse_hole(const char *text, uint64_t *size, Error **errp)
 {

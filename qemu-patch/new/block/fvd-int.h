@@ -140,6 +140,7 @@ void fvd_space_close(BlockDriverState *bs);
 /* fvd-create.c */
 
 extern QemuOptsList fvd_create_opts;
+extern QemuOptsList fvd_amend_opts;
 
 int coroutine_fn GRAPH_UNLOCKED
 fvd_co_create(BlockdevCreateOptions *opts, Error **errp);

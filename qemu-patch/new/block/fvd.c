@@ -23,6 +23,7 @@
 #include "qemu/option.h"
 #include "qemu/units.h"
 #include "qemu/uuid.h"
+#include "system/block-backend.h"
 
 #include "fvd-int.h"
 
@@ -1025,6 +1026,96 @@ static int GRAPH_RDLOCK fvd_make_empty(BlockDriverState *bs)
     return fvd_wait_result(&w, NULL);
 }
 
+/* In the main loop */
+static int GRAPH_RDLOCK
+fvd_amend_options(BlockDriverState *bs, QemuOpts *opts,
+                  BlockDriverAmendStatusCB *status_cb, void *cb_opaque,
+                  bool force, Error **errp)
+{
+    BDRVFvdState *s = bs->opaque;
+    FVDEngine *e = qatomic_load_acquire(&s->engine);
+    struct fvd_amend amend = { .struct_size = sizeof(amend) };
+    const char *base = qemu_opt_get(opts, BLOCK_OPT_BACKING_FILE);
+    const char *base_format = qemu_opt_get(opts, BLOCK_OPT_BACKING_FMT);
+    const struct {
+        const char *name;
+        uint32_t given;
+        uint64_t *value;
+    } sizes[] = {
+        { FVD_OPT_STORAGE_GROW_UNIT, FVD_AMEND_STORAGE_GROW_UNIT,
+          &amend.storage_grow_unit },
+        { FVD_OPT_CHUNK_SIZE, FVD_AMEND_CHUNK_SIZE, &amend.chunk_size },
+        { FVD_OPT_BLOCK_SIZE, FVD_AMEND_BLOCK_SIZE, &amend.block_size },
+        { FVD_OPT_JOURNAL_SIZE, FVD_AMEND_JOURNAL_SIZE, &amend.journal_size },
+    };
+    struct fvd_info info;
+    BlockBackend *blk;
+    FVDWait w = {};
+    int ret;
+
+    GLOBAL_STATE_CODE();
+    if (!e) {
+        error_setg(errp, "The image is not open");
+        return -EIO;
+    }
+
+    fvd_get_info(s, &info);
+    if ((base && strcmp(base, info.base_name)) ||
+        (base_format && strcmp(base_format, info.base_format))) {
+        error_setg(errp, "Cannot amend the backing file");
+        error_append_hint(errp, "You can use 'qemu-img rebase' instead.\n");
+        return -ENOTSUP;
+    }
+
+    for (int i = 0; i < ARRAY_SIZE(sizes); i++) {
+        if (qemu_opt_find(opts, sizes[i].name)) {
+            amend.given |= sizes[i].given;
+            *sizes[i].value = qemu_opt_get_size(opts, sizes[i].name, 0);
+        }
+    }
+    if (qemu_opt_find(opts, FVD_OPT_COMPACT_IMAGE)) {
+        amend.given |= FVD_AMEND_FLAGS;
+        amend.flags = qemu_opt_get_bool(opts, FVD_OPT_COMPACT_IMAGE, false)
+                      ? FVD_CREATE_COMPACT : 0;
+    }
+    fvd_submit_amend(fvd_queue(e), &amend, fvd_done, &w);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, !w.done);
+    ret = fvd_wait_result(&w, errp);
+    if (ret < 0 || !qemu_opt_find(opts, BLOCK_OPT_SIZE)) {
+        return ret;
+    }
+
+    blk = blk_new_with_bs(bs, BLK_PERM_RESIZE, BLK_PERM_ALL, errp);
+    if (!blk) {
+        return -EPERM;
+    }
+    ret = blk_truncate(blk, qemu_opt_get_size(opts, BLOCK_OPT_SIZE, 0), true,
+                       PREALLOC_MODE_OFF, 0, errp);
+    blk_unref(blk);
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+fvd_co_amend(BlockDriverState *bs, BlockdevAmendOptions *opts, bool force,
+             Error **errp)
+{
+    BlockdevAmendOptionsFvd *o = &opts->u.fvd;
+    FVDEngine *e = fvd_co_engine(bs);
+    struct fvd_amend amend = {
+        .struct_size = sizeof(amend),
+        .given = o->has_storage_grow_unit ? FVD_AMEND_STORAGE_GROW_UNIT : 0,
+        .storage_grow_unit = o->storage_grow_unit,
+    };
+    FVDWait w = {};
+
+    if (!e) {
+        error_setg(errp, "The image is not open");
+        return -EIO;
+    }
+    fvd_submit_amend(fvd_queue(e), &amend, fvd_done, &w);
+    return fvd_co_wait(&w, errp);
+}
+
 /* What storage is allocated by, or else what is copied from the base */
 static uint32_t fvd_cluster_size(const struct fvd_info *info)
 {
@@ -1210,6 +1301,7 @@ static BlockDriver bdrv_fvd = {
     .format_name                    = "fvd",
     .instance_size                  = sizeof(BDRVFvdState),
     .create_opts                    = &fvd_create_opts,
+    .amend_opts                     = &fvd_amend_opts,
     .mutable_opts                   = fvd_mutable_opts,
     .is_format                      = true,
     .supports_backing               = true,
@@ -1243,6 +1335,8 @@ static BlockDriver bdrv_fvd = {
     .bdrv_co_getlength              = fvd_co_getlength,
     .bdrv_co_change_backing_file    = fvd_co_change_backing_file,
     .bdrv_make_empty                = fvd_make_empty,
+    .bdrv_amend_options             = fvd_amend_options,
+    .bdrv_co_amend                  = fvd_co_amend,
     .bdrv_co_check                  = fvd_co_check,
 
     .bdrv_refresh_limits            = fvd_refresh_limits,

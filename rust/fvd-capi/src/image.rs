@@ -56,6 +56,11 @@ unsafe impl Sized_ for fvd_create {
     const SIZE_MIN: usize = offset_of!(fvd_create, block_size);
 }
 // SAFETY: see above.
+unsafe impl Sized_ for fvd_amend {
+    const NAME: &'static str = "fvd_amend";
+    const SIZE_MIN: usize = offset_of!(fvd_amend, storage_grow_unit);
+}
+// SAFETY: see above.
 unsafe impl Sized_ for fvd_block_status {
     const NAME: &'static str = "fvd_block_status";
     const SIZE_MIN: usize = offset_of!(fvd_block_status, offset);

@@ -6,7 +6,7 @@ use crate::handle::{Out, check_flags, copy_in, get, string};
 use crate::panic::guard;
 use crate::queue::{QueueInner, fvd_queue};
 use crate::types::*;
-use fvd_engine::{CheckReport, CreateParams, Place, Preallocation, Repair, Reply, Request};
+use fvd_engine::{AmendParams, CheckReport, CreateParams, Place, Preallocation, Repair, Reply, Request};
 use fvd_host::IoVecBuf;
 use std::ffi::{c_char, c_int, c_void};
 
@@ -219,6 +219,26 @@ pub(crate) unsafe fn create_params(params: *const fvd_create) -> Result<CreatePa
     })
 }
 
+/// The engine's parameters for an amendment.
+///
+/// # Safety
+/// `params` is NULL or a valid struct.
+unsafe fn amend_params(params: *const fvd_amend) -> Result<AmendParams> {
+    // SAFETY: the caller's promise.
+    let params = unsafe { copy_in(params, false) }?;
+    let known = FVD_AMEND_STORAGE_GROW_UNIT | FVD_AMEND_FLAGS | FVD_AMEND_CHUNK_SIZE | FVD_AMEND_BLOCK_SIZE | FVD_AMEND_JOURNAL_SIZE;
+    check_flags(params.given, known, "struct fvd_amend, given")?;
+    check_flags(params.flags, FVD_CREATE_COMPACT, "struct fvd_amend")?;
+    let given = |bit: u32, value: u64| (params.given & bit != 0).then_some(value);
+    Ok(AmendParams {
+        storage_grow_unit: given(FVD_AMEND_STORAGE_GROW_UNIT, params.storage_grow_unit),
+        compact: given(FVD_AMEND_FLAGS, (params.flags & FVD_CREATE_COMPACT).into()).map(|flags| flags != 0),
+        chunk_size: given(FVD_AMEND_CHUNK_SIZE, params.chunk_size),
+        block_size: given(FVD_AMEND_BLOCK_SIZE, params.block_size),
+        journal_size: given(FVD_AMEND_JOURNAL_SIZE, params.journal_size),
+    })
+}
+
 /// Makes a new image in the image file, and the data file if it is to have one;
 /// the handle stays unopened. params is copied.
 #[unsafe(no_mangle)]
@@ -352,6 +372,17 @@ pub unsafe extern "C" fn fvd_submit_change_base(queue: *mut fvd_queue, name: *co
             Ok((Request::ChangeBase { name, format }, Answer::Plain))
         });
     }
+}
+
+/// Changes options of creation, all or none, in one step that a crash does not
+/// divide; durable when it is done. Only the growth step can change; another
+/// value than the image has of anything else is -ENOTSUP, and so is a growth
+/// step for an image that is not compact. params is copied. The size and the
+/// base have requests of their own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fvd_submit_amend(queue: *mut fvd_queue, params: *const fvd_amend, done: fvd_done_fn, opaque: *mut c_void) {
+    // SAFETY: see `fvd_submit_create`.
+    unsafe { submit(queue, done, opaque, || Ok((Request::Amend(Box::new(amend_params(params)?)), Answer::Plain))) }
 }
 
 /// Gives every block back to the base, in one step that a crash does not

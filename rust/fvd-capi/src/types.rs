@@ -75,6 +75,17 @@ pub const FVD_CHECK_REPAIR_ALL: u32 = 2;
 /// fvd_create: storage is allocated a chunk at a time, by a lookup table.
 pub const FVD_CREATE_COMPACT: u32 = 1;
 
+/// fvd_amend: storage_grow_unit is given.
+pub const FVD_AMEND_STORAGE_GROW_UNIT: u32 = 1;
+/// fvd_amend: flags are given.
+pub const FVD_AMEND_FLAGS: u32 = 2;
+/// fvd_amend: chunk_size is given.
+pub const FVD_AMEND_CHUNK_SIZE: u32 = 4;
+/// fvd_amend: block_size is given.
+pub const FVD_AMEND_BLOCK_SIZE: u32 = 8;
+/// fvd_amend: journal_size is given.
+pub const FVD_AMEND_JOURNAL_SIZE: u32 = 16;
+
 /// In a file of this image.
 pub const FVD_PLACE_DATA: u32 = 0;
 /// Reads as zero.
@@ -254,6 +265,27 @@ pub struct fvd_create {
     pub data_name: *const c_char,
     /// Format of the data file: "raw"; mandatory with data_name.
     pub data_format: *const c_char,
+}
+
+/// What an image that exists is asked to have.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct fvd_amend {
+    /// sizeof(struct fvd_amend)
+    pub struct_size: usize,
+    /// FVD_AMEND_*: which of the members below are given.
+    pub given: u32,
+    /// FVD_CREATE_*; cannot change.
+    pub flags: u32,
+    /// Compact: steps of the file's growth in bytes, a multiple of the chunk
+    /// size.
+    pub storage_grow_unit: u64,
+    /// As fvd_info has it; cannot change.
+    pub chunk_size: u64,
+    /// As fvd_info has it; cannot change.
+    pub block_size: u64,
+    /// As fvd_info has it; cannot change.
+    pub journal_size: u64,
 }
 
 /// Where the first len bytes of a range are, all alike.

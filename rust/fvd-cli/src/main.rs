@@ -2,6 +2,7 @@
 //! `fvd`: makes, describes and checks FVD images on this machine, without QEMU.
 #![forbid(unsafe_code)]
 
+mod amend;
 mod check;
 mod convert;
 mod create;
@@ -32,6 +33,8 @@ enum Command {
     Create(create::Create),
     /// Describe an image, without opening its base
     Info(info::Info),
+    /// Change options of an image that exists; all of them are looked at before any changes
+    Amend(amend::Amend),
     /// Check an image, and repair it. Exit status, by what is left: 0 sound, 2 damaged, 3 space leaked only, 1 could not be checked
     Check(check::Check),
     /// Copy a disk into a new image, of another format or layout if wished
@@ -124,6 +127,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Create(args) => create::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Amend(args) => amend::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Map(args) => map::run(&args),

@@ -407,3 +407,45 @@ fn a_disk_in_a_data_file() {
     }
     dir.bad(&["create", "--data-file", "other.fvd", "other.fvd", "1M"], &["the image itself"]);
 }
+
+#[test]
+fn amend_changes_what_can_change() {
+    let dir = Dir::new();
+    dir.good(&["create", "-q", "--compact", "--chunk-size", "64K", "--storage-grow-unit", "256K", "--journal-size", "1M", "c.fvd", "8M"]);
+    let data = |name: &str| dir.json(&["info", "--output=json", name])["format-specific"]["data"].clone();
+    let out = dir.good(&["amend", "--storage-grow-unit", "1M", "c.fvd"]);
+    assert!(out.contains("'c.fvd'") && out.contains("grows by 1 MiB"), "{out}");
+    assert_eq!(data("c.fvd")["storage-grow-unit"], MIB);
+    // What it has is no change.
+    let before = data("c.fvd");
+    dir.good(&["amend", "-q", "--storage-grow-unit", "1M", "--chunk-size", "64K", "--journal-size", "1M", "--block-size", "0", "--compact", "--size", "8M", "c.fvd"]);
+    assert_eq!(data("c.fvd"), before);
+    // One that cannot change, and nothing does.
+    for (option, value, name) in [("--chunk-size", "128K", "chunk_size"), ("--journal-size", "2M", "journal_size"), ("--block-size", "4K", "block_size")] {
+        dir.bad(&["amend", "--storage-grow-unit", "2M", "--size", "16M", option, value, "c.fvd"], &["'c.fvd'", name, "cannot change"]);
+    }
+    dir.bad(&["amend", "--storage-grow-unit", "100K", "c.fvd"], &["storage_grow_unit", "102400", "65536"]);
+    assert_eq!(data("c.fvd"), before);
+    dir.good(&["amend", "-q", "--size", "16M", "c.fvd"]);
+    assert_eq!(dir.json(&["info", "--output=json", "c.fvd"])["virtual-size"], 16 * MIB);
+    dir.bad(&["amend", "--size", "4M", "c.fvd"], &["c.fvd", "4194304", "--shrink"]);
+    dir.good(&["amend", "-q", "--size", "4M", "--shrink", "c.fvd"]);
+    assert!(dir.good(&["check", "c.fvd"]).contains("No errors"));
+    // A flat image, and its base.
+    dir.disk();
+    dir.bad(&["amend", "--storage-grow-unit", "1M", "disk.fvd"], &["disk.fvd", "storage_grow_unit", "not compact"]);
+    dir.bad(&["amend", "--compact", "disk.fvd"], &["compact_image", "cannot change"]);
+    dir.bad(&["amend", "-b", "moved.raw", "-F", "raw", "disk.fvd"], &["--unsafe-backing"]);
+    dir.bad(&["amend", "-u", "-b", "moved.raw", "-F", "", "disk.fvd"], &["moved.raw", "format"]);
+    std::fs::rename(dir.at("base.raw"), dir.at("moved.raw")).unwrap();
+    dir.good(&["amend", "-q", "-u", "-b", "moved.raw", "-F", "raw", "disk.fvd"]);
+    let info = dir.json(&["info", "--output=json", "disk.fvd"]);
+    assert_eq!((&info["backing-filename"], &info["dirty-flag"]), (&"moved.raw".into(), &false.into()));
+    let disk = Disk::open(&dir.at("disk.fvd"), &Options { allow_base: true, ..Options::default() }).unwrap();
+    let mut bytes = [0; 512];
+    disk.pread(&mut bytes, MIB).unwrap();
+    assert_eq!(bytes, [0xaa; 512]);
+    // In use, or not there.
+    dir.bad(&["amend", "--size", "16M", "disk.fvd"], &["disk.fvd", "in use"]);
+    dir.bad(&["amend", "--size", "16M", "gone.fvd"], &["gone.fvd", "No such file"]);
+}

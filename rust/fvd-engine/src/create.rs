@@ -299,10 +299,16 @@ fn plan_chunks(params: &CreateParams, virtual_size: u64) -> Result<(u32, u64)> {
         return fail(Kind::OutOfRange, format!("size {virtual_size} needs {chunks} chunks of {chunk} bytes, at most {CHUNKS_MAX} fit"));
     }
     let unit = if params.storage_grow_unit == 0 { STORAGE_GROW_UNIT_DEFAULT.max(u64::from(chunk)) } else { params.storage_grow_unit };
-    if !unit.is_multiple_of(u64::from(chunk)) || unit > STORAGE_GROW_UNIT_MAX {
+    check_grow_unit(unit, chunk)?;
+    Ok((chunk, unit))
+}
+
+/// Checks the growth step of a compact image.
+pub(crate) fn check_grow_unit(unit: u64, chunk: u32) -> Result<()> {
+    if unit == 0 || !unit.is_multiple_of(u64::from(chunk)) || unit > STORAGE_GROW_UNIT_MAX {
         return fail(Kind::Invalid, format!("storage_grow_unit {unit} is no multiple of chunk_size {chunk}, or above {STORAGE_GROW_UNIT_MAX}"));
     }
-    Ok((chunk, unit))
+    Ok(())
 }
 
 /// Page `index` of a table of `chunks` chunks in which each has the storage chunk of its number.

@@ -45,6 +45,8 @@ pub enum Fault {
     /// A growth step makes the file longer than it is, also where what the file has behind the reach
     /// is enough: each power cut may leave one more step (C6).
     StepBehindFile,
+    /// An amended growth step is in memory only, until the header is written for another reason.
+    AmendNotWritten,
     /// Regions are built anew, but the header still lets old commits count.
     OldCommitsCount,
     /// The bitmap is enlarged without the block in which it ended being made whole.
@@ -197,7 +199,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 90] = [
+    pub const ALL: [Fault; 91] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -288,5 +290,6 @@ impl Fault {
         Self::OneSyncForTwoFiles,
         Self::GrowthSyncsImage,
         Self::DataNotSyncedAtCreation,
+        Self::AmendNotWritten,
     ];
 }

@@ -51,6 +51,7 @@ async fn serve<H: Host>(queue: &Rc<Queue<H>>, request: Request<H::Buf>) -> Resul
         Request::Resize { size, zeroed } => queue.resize(size, zeroed).await.map(done),
         Request::BlockStatus { offset, len } => queue.block_status(offset, len).await.map(Reply::Status),
         Request::ChangeBase { name, format } => queue.change_base(name, format).await.map(done),
+        Request::Amend(params) => queue.amend(&params).await.map(done),
         Request::MakeEmpty => queue.make_empty().await.map(done),
         Request::Check { repair } => queue.check(repair).await.map(|report| Reply::Check(Box::new(report))),
         Request::Create(_) | Request::Open | Request::Close => unreachable!("served above"),

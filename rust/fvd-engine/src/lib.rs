@@ -14,6 +14,7 @@
 #[cfg(loom)]
 use loom::sync::atomic::fence;
 
+mod amend;
 mod bits;
 mod bits_load;
 mod brackets;

@@ -105,6 +105,22 @@ pub struct CreateParams {
     pub storage_grow_unit: u64,
 }
 
+/// What an existing image is asked to have; `None`: whatever it has. Only the growth step can change:
+/// for the others the value that the image has is accepted, any other refused as `Unsupported`.
+#[derive(Clone, Debug, Default)]
+pub struct AmendParams {
+    /// Growth step in bytes of a compact image, a multiple of the chunk size.
+    pub storage_grow_unit: Option<u64>,
+    /// Whether the image is compact.
+    pub compact: Option<bool>,
+    /// Allocation unit in bytes; 0: not compact.
+    pub chunk_size: Option<u64>,
+    /// Copy-on-write unit in bytes; 0: no bitmap.
+    pub block_size: Option<u64>,
+    /// Journal in bytes; 0: none yet.
+    pub journal_size: Option<u64>,
+}
+
 /// A request to the engine.
 #[derive(Debug)]
 pub enum Request<B> {
@@ -172,6 +188,8 @@ pub enum Request<B> {
         /// Format; mandatory with `name`.
         format: String,
     },
+    /// Changes options of creation, durably, all or none.
+    Amend(Box<AmendParams>),
     /// Gives every block back to the base: the disk reads as the base does.
     MakeEmpty,
     /// Checks the image, and repairs what it may.

@@ -363,6 +363,18 @@ impl Run {
                 }),
                 (_, 0 | 1) => self.submit(queue, |q, a| fvd_submit_write_zeroes(q, offset, len as u64, flags, Some(done), a.cast())),
                 (_, 2 | 3) => self.submit(queue, |q, a| fvd_submit_discard(q, offset, len as u64, Some(done), a.cast())),
+                (_, 4) if flags & 3 == 3 => {
+                    let amend = fvd_amend {
+                        struct_size: size_of::<fvd_amend>(),
+                        given: len as u32 & 63,
+                        flags: flags & FVD_CREATE_COMPACT,
+                        storage_grow_unit: offset,
+                        chunk_size: len as u64,
+                        block_size: 4096,
+                        journal_size: 1 << 20,
+                    };
+                    self.submit(queue, |q, a| fvd_submit_amend(q, &raw const amend, Some(done), a.cast()));
+                }
                 (_, 4) => self.submit(queue, |q, a| fvd_submit_resize(q, offset, flags & 4, Some(done), a.cast())),
                 (_, 5) => self.submit(queue, |q, a| fvd_submit_block_status(q, offset, len as u64, &raw mut (*a).status, Some(done), a.cast())),
                 (_, 6) => self.submit(queue, |q, a| fvd_submit_change_base(q, c"x".as_ptr(), c"raw".as_ptr(), Some(done), a.cast())),

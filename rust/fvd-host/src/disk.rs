@@ -6,7 +6,7 @@ use crate::files::{Files, Options};
 use crate::iovec::IoVecBuf;
 use crate::reactor::now_ns;
 use fvd_engine::host::{FileId, Host, HostOp, LogLevel, Token};
-use fvd_engine::{BlockStatus, CheckReport, CreateParams, Error, Image, Info, Kind, Queue, Repair, Reply, Request, Result};
+use fvd_engine::{AmendParams, BlockStatus, CheckReport, CreateParams, Error, Image, Info, Kind, Queue, Repair, Reply, Request, Result};
 use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
@@ -229,6 +229,16 @@ impl Disk {
     /// Changes the virtual size.
     pub fn resize(&self, size: u64, zeroed: bool) -> Result<()> {
         self.simple(Request::Resize { size, zeroed })
+    }
+
+    /// Changes options of creation, all or none.
+    pub fn amend(&self, params: AmendParams) -> Result<()> {
+        self.simple(Request::Amend(Box::new(params)))
+    }
+
+    /// Records another base, which is not opened.
+    pub fn change_base(&self, name: &str, format: &str) -> Result<()> {
+        self.simple(Request::ChangeBase { name: name.into(), format: format.into() })
     }
 
     /// Where the bytes from `offset` on are.

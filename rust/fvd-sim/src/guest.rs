@@ -9,7 +9,7 @@ use crate::oracle::Moment;
 use crate::plan::{Act, Step};
 use crate::world::{Outcome, RequestId, World};
 use fvd_engine::host::{FileId, HostOp, OpKind, Segment};
-use fvd_engine::{CheckReport, BracketToken, Kind, Lookup, Place, Reply, Request};
+use fvd_engine::{AmendParams, BracketToken, CheckReport, Kind, Lookup, Place, Reply, Request};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -25,6 +25,7 @@ enum What {
     Grow { cells: u64 },
     Shrink { cells: u64 },
     Empty { begun: Moment },
+    Amend { unit: u64 },
     Beyond,
     Check,
     Other,
@@ -158,6 +159,16 @@ impl Guest {
             Act::ChangeBase => {
                 let name = format!("base {}", self.next_id);
                 self.submit(step, What::Other, None, Request::ChangeBase { name, format: "raw".into() });
+            }
+            // One at a time: nobody could tell which of two was last.
+            Act::Amend { chunks } if !self.flights.iter().any(|f| matches!(f.what, What::Amend { .. })) => {
+                let chunk = self.world.image().info().map_or(0, |info| u64::from(info.header.chunk_size));
+                if chunk > 0 {
+                    let unit = chunks * chunk;
+                    self.model.borrow_mut().grow_units.push(unit);
+                    let params = AmendParams { storage_grow_unit: Some(unit), chunk_size: Some(chunk), ..AmendParams::default() };
+                    self.submit(step, What::Amend { unit }, None, Request::Amend(Box::new(params)));
+                }
             }
             Act::Check { repair } => self.submit(step, What::Check, None, Request::Check { repair }),
             Act::Beyond { write } if self.maybe_cells.is_none() => {
@@ -398,6 +409,7 @@ impl Guest {
                 model.oracle.end(begun, 0, all);
                 model.oracle.durable(begun, 0, all);
             }
+            What::Amend { unit } => model.grow_units = vec![unit],
             What::Grow { cells } => {
                 let pristine = self.world.image().info().is_ok_and(|info| info.header.pristine);
                 model.grow(self.cells, cells, pristine);

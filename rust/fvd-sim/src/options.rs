@@ -44,10 +44,12 @@ pub enum Kind {
     Empty,
     /// The disk shrinks.
     Shrink,
+    /// The growth step changes.
+    Amend,
 }
 
 /// Number of [`Kind`]s.
-pub const KINDS: usize = 16;
+pub const KINDS: usize = 17;
 
 /// What the base is to the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,8 +211,8 @@ impl Options {
             _ => base_sectors,
         };
         let mut limits = host_limits(p, bytes);
-        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0, 1];
-        for (kind, weight) in weights.iter_mut().enumerate() {
+        let mut weights = [30, 3, 8, 5, 14, 16, 3, 1, 0, 1, 1, 3, 0, 2, 0, 1, 0];
+        for (kind, weight) in weights.iter_mut().enumerate().take(Kind::Amend as usize) {
             let keep = kind == Kind::Write as usize || p.chance(75);
             *weight *= if keep { p.pick(&[1, 1, 1, 3]) } else { 0 };
         }
@@ -245,6 +247,8 @@ impl Options {
                 weights[Kind::Discard as usize] = 10;
             }
         }
+        // Not drawn, so that what seeds mean does not change.
+        weights[Kind::Amend as usize] = if chunk_size > 0 && seed % 4 == 0 { 3 } else { 0 };
         Self {
             seed,
             cell,

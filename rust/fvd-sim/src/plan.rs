@@ -65,6 +65,11 @@ pub enum Act {
     },
     /// Records another name of the base.
     ChangeBase,
+    /// Gives a compact image growth steps of another length.
+    Amend {
+        /// Chunks of a step.
+        chunks: u64,
+    },
     /// Gives every block back to the base.
     Empty,
     /// Checks the image, and repairs it, though it is sound.

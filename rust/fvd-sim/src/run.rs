@@ -152,7 +152,7 @@ impl<'a> Run<'a> {
             next_tag: FIRST_WRITE,
             older: None,
             unclean: false,
-            leaks: Leaks { disturbed: false, largest_disk: options.disk_bytes(), largest_write: 0 },
+            leaks: Leaks { disturbed: false, largest_disk: options.disk_bytes(), largest_write: 0, largest_step: 0 },
         }
     }
 
@@ -311,7 +311,7 @@ impl<'a> Run<'a> {
         let [first, later] = options.base_bytes.map(|len| len.min(counts));
         oracle.loose = first != later;
         oracle.base = self.base(0).map(|base| (Base { len: base.len.max(options.base_bytes[1]), ..base }, counts));
-        Model { oracle, geometry }
+        Model { oracle, geometry, grow_units: vec![header.storage_grow_unit] }
     }
 
     pub(crate) fn model(&self) -> Rc<RefCell<Model>> {
@@ -364,6 +364,7 @@ impl<'a> Run<'a> {
             self.report.totals.recoveries += 1;
         }
         world.set_metadata_end(&info.header);
+        self.model().borrow_mut().check_grow_unit(info.header.storage_grow_unit)?;
         let cells = info.header.virtual_size / self.options.cell;
         if let Some(to) = self.maybe_cells.take().filter(|to| *to == cells) {
             let model = &mut *self.model.as_ref().expect("made").borrow_mut();
@@ -476,7 +477,10 @@ impl<'a> Run<'a> {
         let opened = world.request(0, Request::Open).ok_or("a read-only open hangs")?;
         opened.map_err(|error| format!("a read-only open fails: {error}"))?;
         self.report.totals.replays += u64::from(!world.image().info().map_err(|e| e.to_string())?.was_clean);
-        let cells = world.image().info().map_err(|e| e.to_string())?.header.virtual_size / self.options.cell;
+        let header = world.image().info().map_err(|e| e.to_string())?.header;
+        // What a later open finds may still be another one.
+        self.model().borrow().clone().check_grow_unit(header.storage_grow_unit)?;
+        let cells = header.virtual_size / self.options.cell;
         if cells != self.cells && self.maybe_cells != Some(cells) {
             return Err(format!("the disk has {cells} cells in a read-only open, not {}", self.cells));
         }

@@ -119,6 +119,7 @@ impl Draw<'_> {
             k if k == Kind::Grow as usize && !early => self.grow(),
             k if k == Kind::Shrink as usize && !early => self.shrink(),
             k if k == Kind::ChangeBase as usize => Act::ChangeBase,
+            k if k == Kind::Amend as usize => Act::Amend { chunks: p.pick(&[1, 2, 3, 5, 20]) },
             k if k == Kind::Empty as usize => Act::Empty,
             k if k == Kind::Check as usize => Act::Check { repair: p.pick(&[Repair::None, Repair::Leaks, Repair::All]) },
             k if k == Kind::Beyond as usize => Act::Beyond { write: p.chance(50) },

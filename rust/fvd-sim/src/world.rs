@@ -146,6 +146,8 @@ pub struct Leaks {
     pub largest_disk: u64,
     /// Bytes of the largest write.
     pub largest_write: u64,
+    /// Bytes of the largest growth step of an image that was given others; 0: it was not.
+    pub largest_step: u64,
 }
 
 impl Leaks {
@@ -167,7 +169,7 @@ impl Leaks {
             let chunk = u64::from(header.chunk_size);
             // A write takes a chunk at either end that it covers in part.
             let wanted = (self.largest_write + 2 * chunk).max(2 * regions + chunk);
-            wanted.next_multiple_of(header.storage_grow_unit)
+            [header.storage_grow_unit, self.largest_step.max(1)].map(|step| wanted.next_multiple_of(step)).into_iter().max().expect("two")
         } else {
             let flat = self.largest_disk.saturating_sub(header.virtual_size);
             flat.saturating_add(2 * regions + REGION_ALIGNMENT)
@@ -191,7 +193,7 @@ impl Setup {
             failures: Failures::default(),
             discard_ignored_percent: 0,
             answer: Answer::default(),
-            leaks: Leaks { disturbed: true, largest_disk: u64::MAX, largest_write: 1 << 20 },
+            leaks: Leaks { disturbed: true, largest_disk: u64::MAX, largest_write: 1 << 20, largest_step: 0 },
             trace: false,
         }
     }
@@ -528,12 +530,14 @@ impl World {
     /// A request of the guest enters by a queue.
     pub fn submit(&self, queue: usize, request: Request<Buf>, id: RequestId) {
         {
+            let step = self.image.info().map_or(0, |info| info.header.storage_grow_unit);
             let mut inner = self.inner.borrow_mut();
             inner.say(|| format!("queue {queue}: request {id} begins"));
             let leaks = &mut inner.setup.leaks;
             match &request {
                 Request::Resize { size, .. } => leaks.largest_disk = leaks.largest_disk.max(*size),
                 Request::Write { buf, .. } => leaks.largest_write = leaks.largest_write.max(buf.len() as u64),
+                Request::Amend(params) => leaks.largest_step = leaks.largest_step.max(step).max(params.storage_grow_unit.unwrap_or(0)),
                 Request::WriteZeroes { len, .. } => leaks.largest_write = leaks.largest_write.max(*len),
                 _ => {}
             }

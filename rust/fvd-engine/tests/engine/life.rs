@@ -49,6 +49,7 @@ fn a_read_only_open_after_a_crash_shows_everything_and_writes_nothing() {
             Request::Discard { offset: 0, len: 4096 },
             Request::Resize { size: 2 * MIB, zeroed: true },
             Request::ChangeBase { name: "a".into(), format: "raw".into() },
+            Request::Amend(Box::default()),
         ] {
             assert_eq!(sim.ask(request).unwrap_err().kind, Kind::ReadOnly);
         }
@@ -373,6 +374,7 @@ fn poisoned(sim: Sim, base: &[u8], flushed: &[u8]) {
         Request::Discard { offset: 0, len: 4096 },
         Request::Resize { size: 2 * MIB, zeroed: true },
         Request::ChangeBase { name: "a".into(), format: "raw".into() },
+        Request::Amend(Box::default()),
         Request::Close,
     ] {
         let what = format!("{request:?}");

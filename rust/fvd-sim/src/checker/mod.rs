@@ -27,6 +27,8 @@ pub struct Model {
     pub oracle: Oracle,
     /// Where the cells are.
     pub geometry: Geometry,
+    /// Growth steps that the header may state, in bytes; the last is the one asked for last.
+    pub grow_units: Vec<u64>,
 }
 
 impl Model {
@@ -44,6 +46,15 @@ impl Model {
     pub fn shrink(&mut self, to: u64) {
         self.geometry.shrink(to);
         self.oracle.shrink(self.geometry.total());
+    }
+
+    /// The image was opened, and states this growth step: from now on it is the only one.
+    pub fn check_grow_unit(&mut self, unit: u64) -> Result<(), String> {
+        if !self.grow_units.contains(&unit) {
+            return Err(format!("the image grows by {unit} bytes after open, not by one of {:?} (CC-37)", self.grow_units));
+        }
+        self.grow_units = vec![unit];
+        Ok(())
     }
 
     /// The disk has another size.

@@ -84,6 +84,7 @@ pub const ALPHABET: &[(&str, Do)] = &[
     ("shrink+write", Do::Newest(&[Act::Shrink { cells: SHRINKAGE }, write(2 * BLOCK + 4, 6), Act::Read { first: BLOCK, count: 2 * BLOCK }])),
     ("shrink+shim", Do::Shim(&[write(3 * BLOCK - 2, 2 + BLOCK), Act::Shrink { cells: SHRINKAGE }, write(6, 4)])),
     ("repair+write", Do::Newest(&[Act::Check { repair: Repair::All }, write(10, 2)])),
+    ("amend+write", Do::Newest(&[Act::Amend { chunks: 3 }, write(3 * BLOCK, BLOCK)])),
     ("rebase", Do::Rebase),
     ("empty", Do::Empty),
     ("empty+shim", Do::EmptyBesideShim),

@@ -43,6 +43,8 @@ pub struct Shown {
     pub cells: Vec<Code>,
     /// The header names the longer base.
     pub long: bool,
+    /// Growth step of a compact image.
+    pub grow_unit: u64,
 }
 
 /// What all threads know of files they have seen.
@@ -103,6 +105,8 @@ pub struct Allowed {
     pub sizes: [u64; 2],
     /// The shorter base; the longer.
     pub bases: [bool; 2],
+    /// Growth steps.
+    pub grow_units: Vec<u64>,
 }
 
 /// The code of content `tag`.
@@ -123,6 +127,9 @@ impl Allowed {
         }
         if !self.bases[usize::from(shown.long)] {
             return Err(format!("the header names the {} base", if shown.long { "longer" } else { "shorter" }));
+        }
+        if !self.grow_units.contains(&shown.grow_unit) {
+            return Err(format!("the image grows by {} bytes, not by one of {:?} (CC-37)", shown.grow_unit, self.grow_units));
         }
         let base_cells = if shown.long { alphabet::LONG } else { alphabet::SHORT };
         for (cell, (found, allowed)) in shown.cells.iter().zip(&self.cells).enumerate() {
@@ -293,7 +300,7 @@ fn read_all(world: &Rc<World>, header: &Header) -> Verdict<Shown> {
         if right { code(tag) } else { NOISE }
     };
     let cells = buf.with(|bytes| bytes.chunks_exact(SECTOR).enumerate().map(cell).collect());
-    Ok(Shown { cells, long: header.base_name == "long" })
+    Ok(Shown { cells, long: header.base_name == "long", grow_unit: header.storage_grow_unit })
 }
 
 fn check(world: &Rc<World>) -> Verdict<()> {

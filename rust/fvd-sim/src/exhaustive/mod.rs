@@ -31,6 +31,7 @@ pub struct Stage {
     /// A flush comes between any two operations.
     pub synced: bool,
     alignment: u32,
+    grow_unit: u64,
     fault: Option<Fault>,
 }
 
@@ -57,7 +58,7 @@ pub const VARIANTS: [Variant; 5] = [
 impl Stage {
     /// Makes the image: always the same.
     pub fn new(variant: Variant, fault: Option<Fault>) -> Self {
-        let mut stage = Self { image: Store::default(), synced: variant.synced, alignment: variant.alignment, fault: None };
+        let mut stage = Self { image: Store::default(), synced: variant.synced, alignment: variant.alignment, grow_unit: if variant.compact { 8192 } else { 0 }, fault: None };
         let world = World::new(stage.setup(Store::default(), false, false), Checker::new(Mode::Create, None));
         let params = CreateParams {
             virtual_size: Some(DISK * 512),
@@ -67,7 +68,7 @@ impl Stage {
             base_format: "raw".into(),
             compact: variant.compact,
             chunk_size: if variant.compact { 4096 } else { 0 },
-            storage_grow_unit: if variant.compact { 8192 } else { 0 },
+            storage_grow_unit: stage.grow_unit,
             ..CreateParams::default()
         };
         let outcome = world.request(0, Request::Create(Box::new(params))).expect("creation ends");
@@ -76,6 +77,11 @@ impl Stage {
         world.end();
         stage.fault = fault;
         stage
+    }
+
+    /// Growth step of the image when it is made: bytes; 0: it is flat.
+    pub fn grow_unit(&self) -> u64 {
+        self.grow_unit
     }
 
     /// The shorter base or the longer.

@@ -80,7 +80,7 @@ impl<'a> Player<'a> {
         let geometry = Geometry::new(512, DISK, vec![0], DISK);
         let mut oracle = Oracle::new((0..DISK).map(|cell| if cell < SHORT { BASE } else { ZERO }).collect());
         oracle.base = Some((stage.base(false), u64::MAX));
-        let model = Rc::new(RefCell::new(Model { oracle, geometry }));
+        let model = Rc::new(RefCell::new(Model { oracle, geometry, grow_units: vec![stage.grow_unit()] }));
         let world = World::new(stage.setup(stage.image.clone(), false, false), Checker::new(Mode::Open, Some(model.clone())));
         let guest = Guest::new(world.clone(), model.clone(), DISK, FIRST_WRITE);
         Self {
@@ -260,7 +260,7 @@ impl<'a> Player<'a> {
         let after = self.guest.maybe_cells.unwrap_or(self.guest.cells);
         // What a growth under way adds.
         cells.resize(cells.len().max(after as usize), 1 << code(ZERO));
-        Allowed { cells, sizes: [self.guest.cells, after], bases: self.bases }
+        Allowed { cells, sizes: [self.guest.cells, after], bases: self.bases, grow_units: model.grow_units.clone() }
     }
 
     /// A crash point: judges all that a cut now may leave.

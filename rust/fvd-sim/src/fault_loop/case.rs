@@ -203,6 +203,10 @@ impl Judge<'_> {
                 // The guest does not ask while it does not know its size.
                 continue;
             }
+            if matches!(step.act, Act::Amend { .. }) && self.run.options.chunk_size == 0 {
+                // Nor a flat image for growth steps.
+                continue;
+            }
             work(guest, world, &model, &[step])?;
             match guest.errors.pop() {
                 None if poisoned && !reads(&step) => return Err(format!("{:?} succeeds on a poisoned image (R11)", step.act)),

@@ -112,6 +112,7 @@ const LAYOUT: Steps = &[
     &[Act::Grow { cells: 60 }],
     &[write(195, 21)],
     &[Act::ChangeBase],
+    &[Act::Amend { chunks: 2 }],
     &[write(240, 5)],
     &[Act::Flush],
     &[Act::Empty],
@@ -124,6 +125,7 @@ const LAYOUT: Steps = &[
     &[Act::Shrink { cells: 6000 }],
     &[write(230, 33), Act::Flush],
     &[Act::Shrink { cells: 60 }, write(20, 9)],
+    &[Act::Amend { chunks: 5 }, write(40, 30)],
     &[Act::Grow { cells: 50 }],
     &[write(212, 9)],
     &[CHECK],
@@ -248,7 +250,7 @@ pub fn model(run: &Run, header: &Header) -> Model {
     };
     let mut oracle = Oracle::new((0..geometry.total()).map(tag).collect());
     oracle.base = run.base(1).map(|base| (base, u64::MAX));
-    Model { oracle, geometry }
+    Model { oracle, geometry, grow_units: vec![header.storage_grow_unit] }
 }
 
 /// Lets the guest do a group of requests, which all end.
