@@ -7,7 +7,7 @@ use crate::{Failure, Outcome, Target, host_options};
 use clap::Args;
 use fvd_engine::AmendParams;
 use fvd_format::limits::SECTOR;
-use fvd_host::disk::Disk;
+use fvd_host::{Options, disk::Disk};
 
 #[derive(Args)]
 pub struct Amend {
@@ -59,7 +59,7 @@ pub fn run(args: &Amend) -> Outcome {
         block_size: args.block_size,
         journal_size: args.journal_size,
     };
-    let disk = Disk::open(path, &host_options()).map_err(about)?;
+    let disk = Disk::open(path, &Options { allow_data: true, ..host_options() }).map_err(about)?;
     let before = disk.info().map_err(about)?.header;
     if let Some(size) = args.size {
         if size % SECTOR != 0 {

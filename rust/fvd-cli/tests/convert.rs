@@ -389,3 +389,25 @@ fn progress_is_told() {
         assert!(ran.status == 0 && ran.err.contains("converting 'a.raw': ") && ran.err.contains("s in all"), "{}", ran.err);
     }
 }
+
+#[test]
+fn a_disk_in_a_data_file() {
+    let dir = Dir::new();
+    dir.good(&["create", "-q", "--compact", "--chunk-size", "64K", "--journal-size", "1M", "--data-file", "disk.raw", "disk.fvd", "8M"]);
+    let data = noise(MIB, 5);
+    let disk = Disk::open(&dir.at("disk.fvd"), &Options { allow_data: true, ..Options::default() }).unwrap();
+    disk.pwrite(&data, 3 * MIB, true).unwrap();
+    disk.close().unwrap();
+    dir.good(&["convert", "-q", "-O", "raw", "disk.fvd", "copy.raw"]);
+    let copy = std::fs::read(dir.at("copy.raw")).unwrap();
+    assert!(copy.len() as u64 == 8 * MIB && copy[3 << 20..4 << 20] == data[..] && copy[..3 << 20].iter().all(|b| *b == 0));
+    // Not onto its own content.
+    dir.bad(&["convert", "-O", "raw", "disk.fvd", "disk.raw"], &["disk.raw"]);
+    dir.bad(&["convert", "-U", "-O", "raw", "disk.fvd", "disk.raw"], &["disk.raw", "cannot be the target"]);
+    // What is amended is the image; the content stays where it is.
+    dir.good(&["amend", "-q", "--storage-grow-unit", "1M", "--size", "16M", "disk.fvd"]);
+    dir.good(&["convert", "-q", "-O", "raw", "disk.fvd", "copy.raw"]);
+    assert_eq!(std::fs::read(dir.at("copy.raw")).unwrap()[3 << 20..4 << 20], data[..]);
+    std::fs::remove_file(dir.at("disk.raw")).unwrap();
+    dir.bad(&["convert", "-O", "raw", "disk.fvd", "copy.raw"], &["disk.raw"]);
+}

@@ -149,7 +149,7 @@ fn check(raw: &RawFile, what: &str, ret: i64) -> Result<()> {
 fn to_raw(from: End, target: &Target, tick: &mut dyn FnMut(Step) -> bool, begun: &mut bool) -> Result<Converted> {
     let size = from.size()?;
     let options = Options { read_only: false, allow_base: false, ..target.options.clone() };
-    let files = Files::create(&target.path, None, &options)?;
+    let files = Files::create(&target.path, None, None, &options)?;
     *begun = true;
     let raw = &files.image;
     let is_file = raw.limits.grows_zeroed;

@@ -126,9 +126,10 @@ impl Files {
         limits
     }
 
-    /// Every file of the chain, from the image to its last base.
+    /// Every file of the chain, from the image to its last base, data files too.
     pub(crate) fn identities(&self) -> Vec<Identity> {
         let mut all = vec![self.image.identity];
+        all.extend(self.data.as_ref().map(|data| data.identity));
         match &self.base {
             Some(BaseFile::Raw(raw)) => all.push(raw.identity),
             Some(BaseFile::Fvd(base)) => all.extend(base.files.identities()),

@@ -35,7 +35,7 @@ pub(super) struct RawEnd {
 impl End {
     /// Opens an image to copy from.
     pub fn source(source: &Source) -> Result<Self> {
-        let options = Options { read_only: true, allow_base: !source.raw, ..source.options.clone() };
+        let options = Options { read_only: true, allow_base: !source.raw, allow_data: !source.raw, ..source.options.clone() };
         if source.raw { Self::raw(Files::open(&source.path, &options)?) } else { Disk::open(&source.path, &options).map(Self::Fvd) }
     }
 
