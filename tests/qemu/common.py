@@ -218,7 +218,8 @@ class QMP:
 
     def __init__(self, sock, timeout=60):
         sock.settimeout(timeout)
-        self.file = sock.makefile("rw")
+        # Not "rw": a text file of both forgets, at a write, what it has read ahead; that may be an event.
+        self.file = sock.makefile("r")
         self.sock = sock
         self.events = []
         self._read()
@@ -237,8 +238,7 @@ class QMP:
             request["arguments"] = {k.replace("_", "-"): v for k, v in arguments.items()}
         if VERBOSE:
             print("# -> " + json.dumps(request), flush=True)
-        self.file.write(json.dumps(request) + "\n")
-        self.file.flush()
+        self.sock.sendall((json.dumps(request) + "\n").encode())
         while True:
             message = self._read()
             if "event" in message:

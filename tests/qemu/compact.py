@@ -511,9 +511,8 @@ with suite.test("a full device stops a guest (werror=stop), and cont goes on onc
                     # Without more room it is stopped again.
                     if stops == 1:
                         vm.qmp("cont")
-                        # (A write that fails before the machine runs again stops it without an event.)
                         wait_for(lambda: vm.qmp("query-status")["status"] == "io-error" and
-                                 "RESUME" in [e["event"] for e in vm.qmp.events], "the second stop")
+                                 [e["event"] for e in vm.qmp.events].count("STOP") == 2, "the second stop")
                     loop.grow(512 * KIB)
                     vm.qmp("cont")
                     wait_for(lambda: vm.running() and not vm.status() & 0x80, "the end of the write after cont")
