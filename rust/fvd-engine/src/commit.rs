@@ -56,16 +56,17 @@ impl<H: Host> Queue<H> {
         if self.image().config.read_only {
             return Ok(());
         }
-        self.image().check_poison()?;
+        let image = self.image();
+        image.check_poison()?;
+        if faulty!(image, FlushFindsNothing) && image.meta().pending.is_empty() && image.meta().committing {
+            return Ok(());
+        }
         self.commit_metadata().await
     }
 
     /// Runs, or shares, a commit that freezes after this call.
     pub(crate) async fn commit_metadata(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
-        if faulty!(image, FlushFindsNothing) && image.meta().pending.is_empty() && image.meta().committing {
-            return Ok(());
-        }
         let need = {
             let meta = image.meta();
             meta.commits_begun + u64::from(!(meta.committing && faulty!(image, FlushSharesRunningCommit)))

@@ -93,6 +93,8 @@ pub struct Options {
     pub answer: Answer,
     /// Writes that find no storage wait for it.
     pub wait_for_space: bool,
+    /// Writes of metadata fail, and checkpoints are many and short: batches that fail are followed by others.
+    pub batches_fail: bool,
     /// Journal: bytes.
     pub journal_size: u64,
     /// Blocks that are zero in the base are found at creation.
@@ -249,7 +251,7 @@ impl Options {
         }
         // Not drawn, so that what seeds mean does not change.
         weights[Kind::Amend as usize] = if chunk_size > 0 && seed % 4 == 0 { 3 } else { 0 };
-        Self {
+        let mut options = Self {
             seed,
             cell,
             cells,
@@ -289,7 +291,12 @@ impl Options {
                 refuses_percent: p.pick(&[0, 0, 0, 30]),
             },
             wait_for_space: p.chance(50),
+            batches_fail: false,
+        };
+        if options.starts.len() > 1 && p.chance(30) {
+            (options.batches_fail, options.checkpoint_after, options.batch_pages) = (true, p.pick(&[1, 1, 3]), p.pick(&[1, 1, 2]));
         }
+        options
     }
 
     /// What the file with guest data can do.

@@ -77,6 +77,9 @@ impl Draw<'_> {
             // The first write asks for the base.
             failures.base_one_in = 2;
         }
+        if options.batches_fail {
+            failures.metadata_one_in = p.pick(&[3, 8, 20]);
+        }
         let damage = p.one_in(4).then(|| p.bits());
         let seed = p.bits();
         let mut steps = Vec::with_capacity(wanted as usize);

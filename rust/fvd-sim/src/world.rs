@@ -76,6 +76,8 @@ pub struct Failures {
     pub base_one_in: u64,
     /// Any flush, likewise.
     pub flush_one_in: u64,
+    /// Any write of the image file in front of the guest's data, likewise.
+    pub metadata_one_in: u64,
 }
 
 /// What a world is made of.
@@ -160,16 +162,16 @@ impl Leaks {
         if !self.disturbed {
             return if header.is_compact() && !header.has_data_file() { 0 } else { 2 * regions + REGION_ALIGNMENT };
         }
-        if header.is_compact() && header.has_data_file() {
-            // Regions in one file, chunks in the other.
-            let wanted = self.largest_write + 2 * u64::from(header.chunk_size);
-            return wanted.next_multiple_of(header.storage_grow_unit) + 2 * regions + REGION_ALIGNMENT;
-        }
         if header.is_compact() {
             let chunk = u64::from(header.chunk_size);
+            let step = |wanted: u64| [header.storage_grow_unit, self.largest_step.max(1)].map(|unit| wanted.next_multiple_of(unit)).into_iter().max().expect("two");
             // A write takes a chunk at either end that it covers in part.
-            let wanted = (self.largest_write + 2 * chunk).max(2 * regions + chunk);
-            [header.storage_grow_unit, self.largest_step.max(1)].map(|step| wanted.next_multiple_of(step)).into_iter().max().expect("two")
+            let wanted = self.largest_write + 2 * chunk;
+            if header.has_data_file() {
+                // Regions in one file, chunks in the other.
+                return step(wanted) + 2 * regions + REGION_ALIGNMENT;
+            }
+            step(wanted.max(2 * regions + chunk))
         } else {
             let flat = self.largest_disk.saturating_sub(header.virtual_size);
             flat.saturating_add(2 * regions + REGION_ALIGNMENT)

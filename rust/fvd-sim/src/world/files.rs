@@ -18,6 +18,7 @@ impl Inner {
         let one_in = match op.kind {
             _ if op.file == FileId::Base => failures.base_one_in,
             OpKind::Flush if failures.flush_one_in != 0 => failures.flush_one_in,
+            OpKind::Write { .. } if failures.metadata_one_in != 0 && op.file == FileId::Image && op.offset < self.disks[0].metadata_end => failures.metadata_one_in,
             _ => failures.image_one_in,
         };
         let errno = if failures.errno == 0 { EIO } else { failures.errno };
