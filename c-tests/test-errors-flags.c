@@ -29,10 +29,11 @@ static void flags(void)
         CHECK_EQ(do_write_zeroes(&d.q, 0, 512, flag), flag & (FVD_REQ_FUA | FVD_REQ_MAY_UNMAP) ? 0 : -EINVAL);
         CHECK_EQ(do_resize(&d.q, MIB, flag), flag == FVD_REQ_ZEROED ? 0 : -EINVAL);
         struct fvd_config config = { .struct_size = sizeof(config), .flags = flag };
-        CHECK_EQ(try_new(&d.host.callbacks, &config), flag & (FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF) ? 0 : -EINVAL);
+        uint32_t modes = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_OPEN_WAIT_FOR_SPACE | FVD_OPEN_METADATA;
+        CHECK_EQ(try_new(&d.host.callbacks, &config), flag & modes ? 0 : -EINVAL);
         struct fvd_file_options options = { .struct_size = sizeof(options), .flags = flag };
         struct fvd_file *file;
-        uint32_t known = FVD_OPEN_RDONLY | FVD_OPEN_NO_IO | FVD_OPEN_DISCARD_NO_UNREF | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE;
+        uint32_t known = modes | FVD_FILE_DIRECT | FVD_FILE_NO_LOCK | FVD_FILE_ALLOW_BASE | FVD_FILE_ALLOW_DATA;
         CHECK_EQ(fvd_file_open("/nonexistent/x", &options, &file), flag & known ? -ENOENT : -EINVAL);
         struct fvd_mapping map;
         int found = fvd_lookup(d.image, 0, 0, 512, flag, &map);

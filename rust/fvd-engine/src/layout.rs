@@ -78,7 +78,8 @@ pub(crate) fn fit_places(header: &mut Header) -> bool {
             give_places(header, (JOURNAL_SIZE_MIN + spare / REGION_ALIGNMENT * REGION_ALIGNMENT).min(JOURNAL_SIZE_MAX));
             return true;
         }
-        if header.block_size >= BLOCK_SIZE_MAX {
+        // Without a bitmap nothing gets shorter.
+        if header.block_size == 0 || header.block_size >= BLOCK_SIZE_MAX {
             return false;
         }
         header.block_size *= 2;
