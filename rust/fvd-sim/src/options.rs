@@ -296,6 +296,12 @@ impl Options {
         if options.starts.len() > 1 && p.chance(30) {
             (options.batches_fail, options.checkpoint_after, options.batch_pages) = (true, p.pick(&[1, 1, 3]), p.pick(&[1, 1, 2]));
         }
+        // Reads by lookups while all chunks are given away and taken again.
+        if crowd == Crowd::Chunks && base != BaseIs::None && p.chance(40) {
+            options.weights[Kind::Empty as usize] = 8;
+            options.weights[Kind::Read as usize] += 20;
+            options.shim_percent = 100;
+        }
         options
     }
 
