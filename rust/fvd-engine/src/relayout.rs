@@ -246,10 +246,9 @@ impl<H: Host> Queue<H> {
         if new.covered >= old.covered && start < edge && !self.run_of(last, last + 1).await?.0 && !faulty!(image, LastBlockLeftHalf) {
             let end = (start + block).min(old.covered);
             let bytes = self.read_base_own(start, end - start).await?;
-            self.write_locked(start, {
-                let len = bytes.len();
-                Payload::Own(Rc::new(bytes), 0, len)
-            }).await?;
+            let len = bytes.len();
+            // Everything is locked: nobody could free a chunk while this waited.
+            self.write_locked(start, Payload::Own(Rc::new(bytes), 0, len), false).await?;
         }
         Ok(())
     }

@@ -250,23 +250,30 @@ impl<H: Host> Queue<H> {
         Ok(())
     }
 
-    /// Hands out 1…`most` storage chunks that lie one behind the other. Waits for the host to add
-    /// storage, if it is to.
+    /// As [`Queue::allocate`], and waits for the host to add storage, if it is to. The caller has locked
+    /// the range of a guest's request, and nothing else (CC-66).
+    pub(crate) async fn allocate_for_guest(self: &Rc<Self>, most: u64) -> Result<Taken> {
+        loop {
+            // Before the look: news that come while it looks must not be missed.
+            let (news, refusals) = (self.image().space_news(), self.image().space_refusals());
+            match self.allocate(most).await {
+                Err(error) if error.kind == Kind::NoSpace => self.wait_for_space(news, refusals, error).await?,
+                result => return result,
+            }
+        }
+    }
+
+    /// Hands out 1…`most` storage chunks that lie one behind the other.
     pub(crate) async fn allocate(self: &Rc<Self>, most: u64) -> Result<Taken> {
         loop {
             self.ensure_space().await?;
-            // Before the look: news that come while it looks must not be missed.
-            let (news, refusals) = (self.image().space_news(), self.image().space_refusals());
             let taken = self.image().meta().space.as_mut().expect("looked for").take(most);
             match taken {
                 Some(taken) => {
                     self.look_ahead();
                     return Ok(taken);
                 }
-                None => match self.supply(most).await {
-                    Err(error) if error.kind == Kind::NoSpace => self.wait_for_space(news, refusals, error).await?,
-                    result => result?,
-                },
+                None => self.supply(most).await?,
             }
         }
     }

@@ -65,7 +65,7 @@ impl<H: Host> Queue<H> {
             self.check_bounds(offset, len as u64)?;
             self.wait_for_dirty_room().await?;
             let _range = _range.filter(|_| !faulty!(image, LockReleasedEarly));
-            self.write_locked(offset, Payload::Guest { buf, at: 0, len }).await?;
+            self.write_locked(offset, Payload::Guest { buf, at: 0, len }, true).await?;
         }
         if fua && !faulty!(self.image(), FuaNotCommitted) { self.flush().await } else { Ok(()) }
     }
@@ -127,8 +127,9 @@ impl<H: Host> Queue<H> {
     }
 
     /// Writes `payload` at `offset`, filling partly covered blocks from the base, giving chunks
-    /// storage, and sets bits and entries. The caller holds the range's lock.
-    pub(crate) async fn write_locked(self: &Rc<Self>, offset: u64, payload: Payload<H::Buf>) -> Result<()> {
+    /// storage, and sets bits and entries. The caller holds the range's lock, and nothing else if this
+    /// may wait for storage.
+    pub(crate) async fn write_locked(self: &Rc<Self>, offset: u64, payload: Payload<H::Buf>, may_wait: bool) -> Result<()> {
         let image = self.image().clone();
         let shift = image.map.chunk_shift.load(Ordering::Relaxed);
         let data = image.map.data_offset.load(Ordering::Relaxed);
@@ -143,7 +144,7 @@ impl<H: Host> Queue<H> {
             let (id, count, new) = match self.entries_of(first, last + 1).await? {
                 EntryRun::Chunks { id, count } => (id, count, None),
                 EntryRun::Free { count } => {
-                    let taken = self.allocate(count).await?;
+                    let taken = if may_wait { self.allocate_for_guest(count).await? } else { self.allocate(count).await? };
                     (taken.id, taken.count, Some(NewChunks { first, taken }))
                 }
                 other => unreachable!("loaded: {other:?}"),

@@ -175,7 +175,7 @@ impl<H: Host> Queue<H> {
     async fn zero_by_writing(self: &Rc<Self>, mut offset: u64, end: u64) -> Result<()> {
         while offset < end {
             let n = (end - offset).min(BOUNCE_MAX);
-            self.write_locked(offset, Payload::Zero(n as usize)).await?;
+            self.write_locked(offset, Payload::Zero(n as usize), true).await?;
             offset += n;
         }
         Ok(())

@@ -8,7 +8,7 @@ use common::sim::*;
 use common::*;
 use fvd_engine::host::{FileId, Limits};
 use fvd_engine::{BlockStatus, Config, CreateParams, Kind, Place, Preallocation, Reply, Request};
-use fvd_format::RegionKind;
+use fvd_format::{RegionKind, page};
 
 const KIB: u64 = 1 << 10;
 const CHUNK: u64 = 64 * KIB;
@@ -508,4 +508,35 @@ fn waiting_for_storage_ends_when_the_host_says_so_and_at_close() {
     begin(&sim, Request::Close, 13);
     let results = sim.world.results.take();
     assert!(matches!(&results[..], [(12, Err(error)), (13, Ok(_))] if error.kind == Kind::NoSpace), "{results:?}");
+}
+
+/// With everything locked, no discard could end the wait.
+#[test]
+fn a_repair_does_not_wait_for_storage() {
+    let sim = waiting();
+    sim.write(0, vec![1; CHUNK as usize]);
+    sim.write(2 * CHUNK, vec![3; CHUNK as usize]);
+    let header = sim.info().header;
+    let mut storage = sim.close();
+    // Guest chunk 1 names the storage of guest chunk 0.
+    let table = header.region(RegionKind::Table).unwrap();
+    let mut page = vec![0; 4096];
+    storage.read(table.offset, &mut page);
+    let head = page::open(&header.uuid, RegionKind::Table, table.generation, 0, &page).unwrap();
+    page.copy_within(page::HEADER_SIZE..page::HEADER_SIZE + 4, page::HEADER_SIZE + 4);
+    page::seal(&header.uuid, &head, &mut page);
+    storage.write(table.offset, &page);
+    let fixed = Limits { grows_zeroed: false, ..limits(512) };
+    let sim = Sim::try_open(&storage, None, fixed, Config { wait_for_space: true, ..Config::default() }).unwrap();
+    match sim.ask(Request::Check { repair: fvd_engine::Repair::All }) {
+        Ok(Reply::Check(report)) => assert_eq!((report.corruptions, report.corruptions_fixed), (1, 0), "{:?}", report.findings),
+        other => panic!("{other:?}"),
+    }
+    lengthen(&sim, 1);
+    match sim.ask(Request::Check { repair: fvd_engine::Repair::All }) {
+        Ok(Reply::Check(report)) => assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1), "{:?}", report.findings),
+        other => panic!("{other:?}"),
+    }
+    same(&sim.read(CHUNK, CHUNK), &vec![1; CHUNK as usize], "the copy");
+    sim.close();
 }
