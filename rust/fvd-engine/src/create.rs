@@ -9,7 +9,7 @@ use crate::image::{State, faulty};
 use crate::io::{BOUNCE_MAX, ENOMEDIUM, bare, ceil, result_of};
 use crate::layout::{REGION_ALIGNMENT, place_regions};
 use crate::request::{CreateParams, Preallocation};
-use crate::resize::check_base;
+use crate::resize::{check_base, check_path};
 use bitvec::prelude::*;
 use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS, REGION_SLOTS, compatible, incompatible};
 use fvd_format::limits::*;
@@ -268,9 +268,7 @@ impl<H: Host> Queue<H> {
 
 /// Checks the name and format of a data file.
 fn check_data_file(name: &str, format: &str) -> Result<()> {
-    if name.len() > PATH_MAX || name.contains('\0') {
-        return fail(Kind::Invalid, format!("the data file's path has {} bytes, at most {PATH_MAX} fit", name.len()));
-    }
+    check_path("data file", name)?;
     match (name.is_empty(), format) {
         (true, "") | (false, "raw") => Ok(()),
         (true, _) => fail(Kind::Invalid, format!("a data file format '{format}' without a data file")),

@@ -240,11 +240,17 @@ impl<H: Host> Queue<H> {
     }
 }
 
+/// Checks the path of a base or data file, as the header is to have it.
+pub(crate) fn check_path(whose: &str, path: &str) -> Result<()> {
+    if path.len() > PATH_MAX || path.contains('\0') {
+        return fail(Kind::Invalid, format!("the {whose}'s path has {} bytes, at most {PATH_MAX} fit", path.len()));
+    }
+    Ok(())
+}
+
 /// Checks the name and format of a base.
 pub(crate) fn check_base(name: &str, format: &str) -> Result<()> {
-    if name.len() > PATH_MAX || name.contains('\0') {
-        return fail(Kind::Invalid, format!("the base's path has {} bytes, at most {PATH_MAX} fit", name.len()));
-    }
+    check_path("base", name)?;
     if format.len() > FORMAT_NAME_MAX || format.contains('\0') {
         return fail(Kind::Invalid, format!("the base's format name has {} bytes, at most {FORMAT_NAME_MAX} fit", format.len()));
     }

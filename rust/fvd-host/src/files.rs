@@ -220,12 +220,18 @@ impl Chain<'_> {
             let text = format!("'{}': format '{format}' is not supported here, only raw", path.display());
             return Err(within(Error::new(Kind::Unsupported, text)));
         }
-        let raw = RawFile::open(&path, how).map_err(within)?;
+        self.open_member(&path, how, "is the image itself, or in its chain of bases").map_err(within)
+    }
+
+    /// A file that is not in the chain yet; `again`: what one that is, is.
+    fn open_member(&mut self, path: &Path, how: How, again: &str) -> Result<RawFile> {
+        // Before the lock: an image under itself would find itself locked.
+        let raw = RawFile::open(path, how)?;
         if self.seen.contains(&raw.identity) {
-            return Err(within(Error::new(Kind::Invalid, format!("'{}' is the image itself, or in its chain of bases", path.display()))));
+            return Err(Error::new(Kind::Invalid, format!("'{}' {again}", path.display())));
         }
         self.seen.push(raw.identity);
-        raw.lock(how).map_err(within)?;
+        raw.lock(how)?;
         Ok(raw)
     }
 
@@ -241,13 +247,7 @@ impl Chain<'_> {
             let text = format!("'{}': format '{format}' is not supported here, only raw and fvd", path.display());
             return Err(within(Error::new(Kind::Unsupported, text)));
         }
-        // Before the lock: an image under itself would find itself locked.
-        let raw = RawFile::open(&path, how).map_err(within)?;
-        if self.seen.contains(&raw.identity) {
-            return Err(within(Error::new(Kind::Invalid, format!("'{}' is its own base: the chain is a circle", path.display()))));
-        }
-        self.seen.push(raw.identity);
-        raw.lock(how).map_err(within)?;
+        let raw = self.open_member(&path, how, "is its own base: the chain is a circle").map_err(within)?;
         if format == "raw" {
             return Ok(BaseFile::Raw(raw));
         }

@@ -30,6 +30,19 @@ fn all(disk: &Disk) -> Vec<u8> {
     bytes
 }
 
+/// None, and a word about it, where the file system has no direct I/O.
+fn open_or_skip(path: &Path, options: &Options) -> Option<Disk> {
+    match Disk::open(path, options) {
+        Ok(disk) => Some(disk),
+        Err(error) if options.direct => {
+            use std::io::Write;
+            writeln!(std::io::stderr(), "SKIPPED: no direct I/O here: {error}").unwrap();
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
 #[test]
 #[allow(clippy::explicit_write)] // The harness would keep a macro's text back.
 fn an_image_over_a_raw_base_reads_writes_and_comes_back() {
@@ -42,15 +55,7 @@ fn an_image_over_a_raw_base_reads_writes_and_comes_back() {
         model.resize(4 * MIB as usize, 0);
         create(&path, &params(Some(4 * MIB), "base.raw", "raw")).unwrap();
         let options = Options { threads, direct, ..with_base() };
-        let disk = match Disk::open(&path, &options) {
-            Ok(disk) => disk,
-            Err(error) if direct => {
-                use std::io::Write;
-                writeln!(std::io::stderr(), "SKIPPED: no direct I/O here: {error}").unwrap();
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let Some(disk) = open_or_skip(&path, &options) else { continue };
         assert!(all(&disk) == model, "threads {threads}, direct {direct}: before any write");
         for (i, (offset, len)) in [(0, 512), (1000, 3), (70_000, 100_001), (3 * MIB as usize + 700, 9000), (4 * MIB as usize - 1, 1)].into_iter().enumerate() {
             let data = pattern(len, 100 + i as u8);
@@ -294,15 +299,7 @@ fn a_data_file_is_opened_only_when_allowed_and_holds_the_disk() {
         let error = Disk::open(&path, &Options::default()).err().unwrap();
         assert!(error.text.contains("'disk.raw' is missing"), "{error}");
         let options = Options { allow_data: true, threads, direct, ..Options::default() };
-        let disk = match Disk::open(&path, &options) {
-            Ok(disk) => disk,
-            Err(error) if direct => {
-                use std::io::Write;
-                writeln!(std::io::stderr(), "SKIPPED: no direct I/O here: {error}").unwrap();
-                continue;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let Some(disk) = open_or_skip(&path, &options) else { continue };
         let mut model = vec![0; 2 * MIB as usize + 512];
         for (offset, len) in [(0, 512), (5000, 300_001), (2 * MIB as usize, 512)] {
             let bytes = pattern(len, 7);
