@@ -45,6 +45,12 @@ pub enum Fault {
     /// A growth step makes the file longer than it is, also where what the file has behind the reach
     /// is enough: each power cut may leave one more step (C6).
     StepBehindFile,
+    /// Entries that name no storage of guests are taken for good (CC-58).
+    WildEntryUsed,
+    /// A repair gives shared chunks new storage while wrong entries still name some (CC-62).
+    RepairCopiesFirst,
+    /// A repair mends a header copy only after it updated the header (CC-65).
+    WrongCopyLater,
     /// An amended growth step is in memory only, until the header is written for another reason.
     AmendNotWritten,
     /// Regions are built anew, but the header still lets old commits count.
@@ -199,7 +205,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 91] = [
+    pub const ALL: [Fault; 94] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -291,5 +297,8 @@ impl Fault {
         Self::GrowthSyncsImage,
         Self::DataNotSyncedAtCreation,
         Self::AmendNotWritten,
+        Self::WildEntryUsed,
+        Self::RepairCopiesFirst,
+        Self::WrongCopyLater,
     ];
 }

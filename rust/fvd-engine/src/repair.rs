@@ -49,6 +49,9 @@ impl<H: Host> Queue<H> {
 
     /// Carries out what a check planned. The caller keeps every other write away.
     pub(crate) async fn repair(self: &Rc<Self>, plan: Plan, report: &mut CheckReport) -> Result<()> {
+        if faulty!(self.image(), RepairCopiesFirst) {
+            self.repair_doubles(&plan.doubles).await?;
+        }
         if plan.in_pages > 0 {
             self.repair_pages(&plan).await?;
             report.fixed(plan.in_pages);

@@ -7,6 +7,7 @@ use fvd_engine::faults::Fault;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// A seed that failed.
@@ -59,14 +60,38 @@ pub fn run_caught(plan: &crate::plan::Plan, fault: Option<Fault>, trace: bool) -
     caught(|| run(plan, fault, trace)).unwrap_or_else(|text| Report { violation: Some(text), ..Report::default() })
 }
 
+/// A seed takes milliseconds. One that takes so long spins where no count of steps sees it.
+const SPINS: Duration = Duration::from_secs(180);
+
+/// Ends the process if a seed does not end; each that begins is sent there.
+fn watch(fault: Option<Fault>) -> Sender<u64> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let Ok(mut seed) = receiver.recv() else { return };
+        loop {
+            match receiver.recv_timeout(SPINS) {
+                Ok(next) => seed = next,
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => break,
+            }
+        }
+        let with = fault.map_or(String::new(), |f| format!(" --fault {f:?}"));
+        println!("FAILED seed {seed}: it has not ended in {} s; replay: fvd-sim replay --seed {seed}{with} --trace --no-shrink", SPINS.as_secs());
+        std::process::exit(1);
+    });
+    sender
+}
+
 /// Runs the seeds of an iterator until one fails or the time is over.
 pub fn run_seeds(seeds: impl Iterator<Item = u64>, fault: Option<Fault>, limit: Option<Duration>) -> Summary {
     let start = Instant::now();
+    let watchdog = watch(fault);
     let mut summary = Summary::default();
     for seed in seeds {
         if limit.is_some_and(|limit| start.elapsed() >= limit) {
             break;
         }
+        let _ = watchdog.send(seed);
         let report = run_caught(&workload::plan(seed), fault, false);
         summary.seeds += 1;
         summary.totals.add(&report.totals);

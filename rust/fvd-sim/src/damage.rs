@@ -295,7 +295,8 @@ fn wild_entry(broken: &mut Broken, header: &Header, prng: &mut Prng) -> Option<(
     let (head, mut page, chunk, _) = broken.chunk(header, prng)?;
     let size = u64::from(header.chunk_size);
     let within = header.regions.iter().flatten().find(|r| !header.has_data_file() && r.offset >= header.data_offset).map(|r| (r.offset - header.data_offset) / size);
-    let id = within.filter(|_| prng.chance(50)).unwrap_or_else(|| header.chunks_below(header.reach) + prng.below(5000));
+    let ahead = prng.pick(&[1, 8, 5000]);
+    let id = within.filter(|_| prng.chance(50)).unwrap_or_else(|| header.chunks_below(header.reach) + prng.below(ahead));
     page[entry_at(chunk)..][..4].copy_from_slice(&((id + 1) as u32).to_le_bytes());
     broken.put(header, &head, page);
     broken.lost.push(chunk_bytes(header, chunk));

@@ -12,10 +12,10 @@ const APART: u64 = 1 << 32;
 
 /// Runs them all, several at a time, and prints a line for each. False if one is missed, or
 /// something else fails.
-pub fn command(start: u64, ranges: u64, limit: Duration, jobs: u64, only: Option<&str>) -> bool {
+pub fn command(start: u64, ranges: u64, limit: Duration, jobs: u64, only: Option<Fault>) -> bool {
     println!("{ranges} ranges of seeds from {start}, {} s for each fault and range", limit.as_secs());
     println!("{:<28} {:<7} seeds needed, seconds needed (by range)", "fault", "");
-    let faults: Vec<_> = Fault::ALL.into_iter().filter(|f| only.is_none_or(|name| format!("{f:?}") == name)).collect();
+    let faults: Vec<_> = Fault::ALL.into_iter().filter(|f| only.is_none_or(|only| only == *f)).collect();
     let (next, missed, most) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(1));
     let work = || {
         while let Some(fault) = faults.get(next.fetch_add(1, Ordering::Relaxed)) {

@@ -260,7 +260,7 @@ fn main() -> ExitCode {
         Command::FaultLoop { choice, jobs, fault } => with_fault(fault, |fault| fault_loop::command(&choice, fault, jobs)),
         Command::Determinism { seeds } => determinism_command(seeds),
         Command::Faults { ranges, seconds, start, jobs, only } => {
-            faults::command(start.unwrap_or_else(fresh), ranges, Duration::from_secs(seconds), jobs, only.as_deref())
+            with_fault(only, |only| faults::command(start.unwrap_or_else(fresh), ranges, Duration::from_secs(seconds), jobs, only))
         }
     };
     if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE }

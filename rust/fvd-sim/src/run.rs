@@ -20,7 +20,8 @@ use fvd_engine::faults::Fault;
 use fvd_engine::host::{FILES, Limits};
 use fvd_engine::{Config, CreateParams, Error, Kind, Place, Preallocation, Repair, Reply, Request};
 use fvd_format::Header;
-use fvd_format::header::BASE_LENGTH_UNKNOWN;
+use fvd_format::header::{BASE_LENGTH_UNKNOWN, HEADER_OFFSETS};
+use fvd_format::limits::PAGE_SIZE;
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -633,13 +634,13 @@ impl Run<'_> {
     fn repair_once(&mut self, broken: &Broken, files: &Files, cut: Option<&Cut>, fails: Option<u64>, seed: u64) -> Verdict<(Files, bool, bool)> {
         let mut setup = Setup { files: files.clone(), ..self.setup(seed, 1) };
         setup.failures = Failures { at: fails, errno: -5, ..Failures::default() };
-        let cut = if fails.is_none() { cut } else { None };
+        let mut cut = cut.filter(|_| fails.is_none()).cloned();
         let world = World::new(setup, Checker::new(Mode::Damaged, None));
         let repair = |repair| Request::Check { repair };
         let mut reports = Vec::new();
         for (id, request) in [Request::Open, repair(Repair::All), repair(Repair::None), Request::Close].into_iter().enumerate() {
             world.submit(0, request, id as RequestId);
-            let Some(outcome) = until_done(&world, id as RequestId, cut)? else {
+            let Some(outcome) = until_done(&world, id as RequestId, cut.as_ref())? else {
                 let left = world.cut(&cut.expect("only a cut stops it").keep);
                 self.leave(&world)?;
                 return Ok((left, false, false));
@@ -655,7 +656,16 @@ impl Run<'_> {
             }
             match outcome.map_err(|error| format!("request {id} fails: {error}"))? {
                 Reply::Check(report) => reports.push(report),
-                _ if id == 0 => world.set_metadata_end(&world.image().info().map_err(|error| error.to_string())?.header),
+                _ if id == 0 => {
+                    world.set_metadata_end(&world.image().info().map_err(|error| error.to_string())?.header);
+                    // A header copy rots while the image is open, and the power goes soon.
+                    if seed % 4 < 3 {
+                        world.rot(HEADER_OFFSETS[(seed % 4 / 2) as usize] + seed / 4 % PAGE_SIZE as u64);
+                        if let Some(cut) = &mut cut {
+                            cut.at = world.counters().ops + 2 + seed / 4 % 16;
+                        }
+                    }
+                }
                 _ => {}
             }
             if id == 2 && fails.is_none() {

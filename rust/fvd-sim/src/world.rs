@@ -509,6 +509,16 @@ impl World {
         inner.attached = attached;
     }
 
+    /// A byte of the image file rots, where it lies.
+    pub fn rot(&self, offset: u64) {
+        let disk = &mut self.inner.borrow_mut().disks[0];
+        for store in [&mut disk.view, &mut disk.stable] {
+            let mut byte = [0];
+            store.read(offset, &mut byte);
+            store.write(offset, &[byte[0] ^ 0x40]);
+        }
+    }
+
     /// Nothing fails any more.
     pub fn cure(&self) {
         self.inner.borrow_mut().setup.failures = Failures::default();
