@@ -109,6 +109,12 @@ typedef void fvd_finding_fn(void *opaque, const char *text);
 #define FVD_REQ_ZEROED 4
 
 /**
+ * Zeroing asked of the host: answer -ENOTSUP where it would take writing
+ * zeroes.
+ */
+#define FVD_REQ_NO_FALLBACK 8
+
+/**
  * The file grows by truncate, and the new space reads as zero.
  */
 #define FVD_LIMIT_GROWS_ZEROED 1
@@ -416,8 +422,9 @@ struct fvd_host_ops {
      */
     void (*flush)(void *queue_opaque, uint64_t token, uint32_t file);
     /**
-     * Make the range read as zero. flags: FVD_REQ_MAY_UNMAP. NULL: the
-     * library writes zeroes.
+     * Make the range read as zero. flags: FVD_REQ_MAY_UNMAP, and
+     * FVD_REQ_NO_FALLBACK where the limits say FVD_LIMIT_CHEAP_ZEROING.
+     * NULL: the library writes zeroes.
      */
     void (*write_zeroes)(void *queue_opaque,
                          uint64_t token,

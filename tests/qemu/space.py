@@ -14,7 +14,7 @@ import sys
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from common import (KIB, MIB, NBD, TOP, Daemon, Failure, Loop, NBDError, Suite, check, check_clean, img, io, program, run, wait_for)
+from common import (KIB, MIB, NBD, TOP, Daemon, Failure, Loop, NBDError, Skip, Suite, check, check_clean, img, io, program, run, wait_for)
 
 suite = Suite("space")
 OPTIONS = "compact_image=on,chunk_size=64k,storage_grow_unit=1M,journal_size=1M"
@@ -231,6 +231,41 @@ with suite.test("contrib/fvd-lvextend calls lvextend with the volume and what is
             os.environ["PATH"] = old
         check(lines(log)[0] == "--autobackup n --size +1048576b -- " + loop.device, "lvextend got: %s", lines(log)[0])
         check_clean(loop.device)
+
+with suite.test("a device that cannot zero shows nothing old and is not filled with zeroes"):
+    folder = suite.path("ramfs")
+    os.mkdir(folder)
+    if subprocess.run(["mount", "-t", "ramfs", "none", folder], check=False).returncode != 0:
+        raise Skip("needs root (ramfs)")
+    try:
+        # Nothing can punch holes in a file there, so the device has neither discard nor write-zeroes.
+        with Loop(os.path.join(folder, "dear.bin"), 48 * MIB) as loop:
+            device = loop.device
+            with open("/sys/block/%s/queue/write_zeroes_max_bytes" % os.path.basename(device), encoding="ascii") as f:
+                check(int(f.read()) == 0, "the device can zero")
+            for base in (None, suite.path("dear-base")):
+                more = []
+                if base:
+                    with open(base, "wb") as f:
+                        f.write(b"\x42" * (2 * MIB + 512))
+                    more = ["-b", base, "-F", "raw"]
+                img("create", "-q", "-f", "fvd", "-o", "compact_image=on,chunk_size=1M,journal_size=1M", *more, device, "64M")
+                rest = "0x42" if base else "0"
+                io(device, "write -q -P 1 1052672 4k", "write -q -P 2 10M 512", "write -q -P 3 20M 3M", "flush",
+                   "read -q -P %s 1M 4k" % rest, "read -q -P %s 1056768 64k" % rest, "read -q -P 0 10486272 1048064")
+                # Parts of chunks, and whole ones, are zero at once, and can be written to again.
+                io(device, "write -q -z 21M 64k", "discard -q 22M 1M", "write -q -P 4 23134208 4k", "flush", args=("-d", "unmap"))
+                io(device, "read -q -P 3 20M 1M", "read -q -P 0 21M 64k", "read -q -P 3 22085632 983040", "read -q -P 0 22M 65536",
+                   "read -q -P 4 23134208 4k", "read -q -P 0 23138304 978944")
+                check_clean(device)
+                img("resize", "-q", "-f", "fvd", device, "80M")
+                io(device, "write -q -P 5 70M 4k", "read -q -P 0 73404416 1044480", "read -q -P 3 20M 1M")
+                check_clean(device)
+                # The figure of the design: up to 8 MiB of bits for each TiB.
+                info = json.loads(run("fvd", "info", "--output", "json", device))["format-specific"]["data"]
+                check(info["covered"] == 80 * MIB, "the bits speak of %s bytes", info["covered"])
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 with suite.test("what cannot be is refused, by name"):
     path = suite.path("file.img")

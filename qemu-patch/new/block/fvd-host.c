@@ -90,7 +90,8 @@ typedef struct FVDOp {
 static BdrvRequestFlags fvd_op_flags(const FVDOp *op)
 {
     return (op->flags & FVD_REQ_FUA ? BDRV_REQ_FUA : 0) |
-           (op->flags & FVD_REQ_MAY_UNMAP ? BDRV_REQ_MAY_UNMAP : 0);
+           (op->flags & FVD_REQ_MAY_UNMAP ? BDRV_REQ_MAY_UNMAP : 0) |
+           (op->flags & FVD_REQ_NO_FALLBACK ? BDRV_REQ_NO_FALLBACK : 0);
 }
 
 static int64_t fvd_status_result(int ret, int64_t pnum, uint64_t len)

@@ -289,6 +289,7 @@ impl CHost {
             OpKind::Truncate if c.ops.truncate.is_none() => Some(-i64::from(libc::ENOTSUP)),
             OpKind::BaseStatus if c.ops.base_status.is_none() => Some(STATUS_DATA | len.min(STATUS_DATA as u64 - 1) as i64),
             OpKind::WriteZeroes { .. } if len == 0 => Some(0),
+            OpKind::ZeroCheaply if c.ops.write_zeroes.is_none() => Some(-i64::from(libc::ENOTSUP)),
             _ => None,
         };
         if let Some(ret) = fallback {
@@ -314,6 +315,10 @@ impl CHost {
                 OpKind::Flush => c.ops.flush.map(|f| f(opaque, token, file)),
                 OpKind::WriteZeroes { may_unmap } => {
                     let flags = if may_unmap { FVD_REQ_MAY_UNMAP } else { 0 };
+                    c.ops.write_zeroes.map(|f| f(opaque, token, file, offset, len, flags))
+                }
+                OpKind::ZeroCheaply => {
+                    let flags = FVD_REQ_MAY_UNMAP | FVD_REQ_NO_FALLBACK;
                     c.ops.write_zeroes.map(|f| f(opaque, token, file, offset, len, flags))
                 }
                 OpKind::Discard => c.ops.discard.map(|f| f(opaque, token, file, offset, len)),

@@ -38,6 +38,9 @@ pub const FVD_REQ_FUA: u32 = 1;
 pub const FVD_REQ_MAY_UNMAP: u32 = 2;
 /// Resize: fail unless the new space reads as zero.
 pub const FVD_REQ_ZEROED: u32 = 4;
+/// Zeroing asked of the host: answer -ENOTSUP where it would take writing
+/// zeroes.
+pub const FVD_REQ_NO_FALLBACK: u32 = 8;
 
 /// The file grows by truncate, and the new space reads as zero.
 pub const FVD_LIMIT_GROWS_ZEROED: u32 = 1;
@@ -166,8 +169,9 @@ pub struct fvd_host_ops {
     /// Make every operation that completed durable, the file's length
     /// included.
     pub flush: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32)>,
-    /// Make the range read as zero. flags: FVD_REQ_MAY_UNMAP. NULL: the
-    /// library writes zeroes.
+    /// Make the range read as zero. flags: FVD_REQ_MAY_UNMAP, and
+    /// FVD_REQ_NO_FALLBACK where the limits say FVD_LIMIT_CHEAP_ZEROING.
+    /// NULL: the library writes zeroes.
     pub write_zeroes: Option<unsafe extern "C" fn(queue_opaque: *mut c_void, token: u64, file: u32, offset: u64, len: u64, flags: u32)>,
     /// The range's content is not needed any more; afterwards it reads as
     /// before or as zero. NULL: nothing is discarded.

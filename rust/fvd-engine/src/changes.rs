@@ -24,6 +24,20 @@ pub(crate) fn add_run(runs: &mut Runs, mut start: u64, mut end: u64) {
     runs.insert(start, end);
 }
 
+/// Takes `start..end` out of a set of runs.
+fn remove_run(runs: &mut Runs, start: u64, end: u64) {
+    let touched: Vec<(u64, u64)> = runs.range(..end).rev().take_while(|(_, e)| **e > start).map(|(s, e)| (*s, *e)).collect();
+    for (s, e) in touched {
+        runs.remove(&s);
+        if s < start {
+            runs.insert(s, start);
+        }
+        if e > end {
+            runs.insert(end, e);
+        }
+    }
+}
+
 /// Bytes of an entry that stands alone in a journal.
 const ENTRY_BYTES: usize = RECORD_HEAD + 4;
 
@@ -32,6 +46,8 @@ const ENTRY_BYTES: usize = RECORD_HEAD + 4;
 pub(crate) struct Changes {
     /// Bits of the bitmap that were set.
     pub(crate) bits: Runs,
+    /// Bits that were cleared: blocks past the base that read as zero. Never one of `bits`.
+    pub(crate) cleared: Runs,
     /// Entries of the lookup table that changed: guest chunk → value.
     pub(crate) entries: BTreeMap<u64, u32>,
     /// The file may be written up to here (R6).
@@ -46,7 +62,7 @@ pub(crate) struct Changes {
 impl Changes {
     /// Whether the journal has nothing to say of it.
     pub(crate) fn is_empty(&self) -> bool {
-        self.bits.is_empty() && self.entries.is_empty() && self.reach.is_none()
+        self.bits.is_empty() && self.cleared.is_empty() && self.entries.is_empty() && self.reach.is_none()
     }
 
     /// Whether a commit has something to do.
@@ -56,18 +72,33 @@ impl Changes {
 
     /// Most bytes that the records need.
     pub(crate) fn bytes(&self) -> usize {
-        self.bits.len() * RECORD_HEAD + self.entries.len() * ENTRY_BYTES + self.reach.map_or(0, |_| RECORD_HEAD)
+        (self.bits.len() + self.cleared.len()) * RECORD_HEAD + self.entries.len() * ENTRY_BYTES + self.reach.map_or(0, |_| RECORD_HEAD)
+    }
+
+    /// The bits of blocks `start..end` are `value` now.
+    pub(crate) fn say_bits(&mut self, start: u64, end: u64, value: bool) {
+        let (to, from) = if value { (&mut self.bits, &mut self.cleared) } else { (&mut self.cleared, &mut self.bits) };
+        remove_run(from, start, end);
+        add_run(to, start, end);
     }
 
     /// Takes off what does not fit in `most` bytes. Each part is right alone, if they become stable in
     /// order: an entry of a block that has no bit yet exposes nothing, but a bit without its entry
-    /// would expose zeroes in the place of the base. Freed chunks wait for the last part.
+    /// would expose zeroes in the place of the base, and an entry with a bit that is to be cleared what
+    /// lay in its storage before. Freed chunks wait for the last part.
     pub(crate) fn split(&mut self, most: usize) -> Option<Self> {
         if self.bytes() <= most {
             return None;
         }
         let mut room = most - self.reach.map_or(0, |_| RECORD_HEAD).min(most);
         let mut rest = Self { freed: std::mem::take(&mut self.freed), data_first: self.data_first, ..Self::default() };
+        if let Some(&key) = self.cleared.keys().nth(room / RECORD_HEAD) {
+            rest.cleared = self.cleared.split_off(&key);
+            rest.entries = std::mem::take(&mut self.entries);
+            rest.bits = std::mem::take(&mut self.bits);
+            return Some(rest);
+        }
+        room -= self.cleared.len() * RECORD_HEAD;
         if let Some(&key) = self.entries.keys().nth(room / ENTRY_BYTES) {
             rest.entries = self.entries.split_off(&key);
             rest.bits = std::mem::take(&mut self.bits);
@@ -82,8 +113,10 @@ impl Changes {
 
     /// Takes back changes that were frozen and did not become stable. What changed since is newer.
     pub(crate) fn take_back(&mut self, old: Self) {
-        for (start, end) in old.bits {
-            add_run(&mut self.bits, start, end);
+        let newer = [std::mem::take(&mut self.bits), std::mem::take(&mut self.cleared)];
+        (self.bits, self.cleared) = (old.bits, old.cleared);
+        for (runs, value) in newer.into_iter().zip([true, false]) {
+            runs.into_iter().for_each(|(start, end)| self.say_bits(start, end, value));
         }
         for (start, end) in old.freed {
             add_run(&mut self.freed, start, end);
@@ -101,10 +134,9 @@ impl Changes {
         if let Some(reach) = self.reach {
             Record::Reach(reach).encode(&mut payload);
         }
+        encode_bits(&mut payload, &self.cleared, false);
         self.encode_entries(&mut payload);
-        for (&start, &end) in &self.bits {
-            encode_bits(&mut payload, start, end);
-        }
+        encode_bits(&mut payload, &self.bits, true);
         payload
     }
 
@@ -130,13 +162,15 @@ impl Changes {
     }
 }
 
-/// Appends records for a run of set bits; one record holds at most 2³²−1 of them.
-fn encode_bits(payload: &mut Vec<u8>, start: u64, end: u64) {
-    let mut first = start;
-    while first < end {
-        let count = (end - first).min(u64::from(u32::MAX)) as u32;
-        Record::Bits { region: RegionKind::Bitmap, value: true, first, count }.encode(payload);
-        first += u64::from(count);
+/// Appends records for runs of bits; one record holds at most 2³²−1 of them.
+fn encode_bits(payload: &mut Vec<u8>, runs: &Runs, value: bool) {
+    for (&start, &end) in runs {
+        let mut first = start;
+        while first < end {
+            let count = (end - first).min(u64::from(u32::MAX)) as u32;
+            Record::Bits { region: RegionKind::Bitmap, value, first, count }.encode(payload);
+            first += u64::from(count);
+        }
     }
 }
 
@@ -178,18 +212,34 @@ mod tests {
     }
 
     #[test]
+    fn a_bit_is_set_or_cleared_whichever_came_last() {
+        let mut changes = Changes::default();
+        changes.say_bits(10, 50, true);
+        changes.say_bits(20, 30, false);
+        changes.say_bits(5, 12, false);
+        changes.say_bits(25, 26, true);
+        assert_eq!(changes.bits, [(12, 20), (25, 26), (30, 50)].into());
+        assert_eq!(changes.cleared, [(5, 12), (20, 25), (26, 30)].into());
+        changes.say_bits(0, 60, false);
+        assert_eq!((changes.bits, changes.cleared), (Runs::new(), [(0, 60)].into()));
+    }
+
+    #[test]
     fn parts_lose_nothing_and_bits_follow_their_entries() {
         let mut changes = Changes {
             entries: (0..50).map(|c| (c * 2, c as u32 + 1)).collect(),
             bits: (0..20).map(|b| (b * 3, b * 3 + 1)).collect(),
+            cleared: (0..20).map(|b| (b * 3 + 1, b * 3 + 2)).collect(),
             freed: [(4, 5)].into(),
             ..Changes::default()
         };
-        let (mut entries, mut bits, mut parts) = (0, 0, 0);
+        let (mut entries, mut bits, mut cleared, mut parts) = (0, 0, 0, 0);
         loop {
             let rest = changes.split(200);
             assert!(changes.bytes() <= 200);
             assert!(changes.bits.is_empty() || entries + changes.entries.len() == 50);
+            cleared += changes.cleared.len();
+            assert!(changes.entries.is_empty() || cleared == 20);
             assert_eq!(changes.freed.is_empty(), rest.is_some());
             entries += changes.entries.len();
             bits += changes.bits.len();
@@ -197,15 +247,17 @@ mod tests {
             let Some(rest) = rest else { break };
             changes = rest;
         }
-        assert_eq!((entries, bits), (50, 20));
-        assert!(parts > 6);
+        assert_eq!((entries, bits, cleared), (50, 20, 20));
+        assert!(parts > 8);
     }
 
     #[test]
     fn what_is_taken_back_does_not_hide_what_is_newer() {
-        let mut now = Changes { entries: [(1, 7)].into(), ..Changes::default() };
-        now.take_back(Changes { entries: [(1, 3), (2, 4)].into(), bits: [(0, 2)].into(), reach: Some(5), data_first: true, ..Changes::default() });
+        let mut now = Changes { entries: [(1, 7)].into(), bits: [(8, 9)].into(), cleared: [(1, 3)].into(), ..Changes::default() };
+        let old = Changes { entries: [(1, 3), (2, 4)].into(), bits: [(0, 2)].into(), cleared: [(6, 12)].into(), ..Changes::default() };
+        now.take_back(Changes { reach: Some(5), data_first: true, ..old });
         assert_eq!(now.entries, [(1, 7), (2, 4)].into());
-        assert_eq!((now.reach, now.data_first, now.bits), (Some(5), true, [(0, 2)].into()));
+        assert_eq!((now.reach, now.data_first), (Some(5), true));
+        assert_eq!((now.bits, now.cleared), ([(0, 1), (8, 9)].into(), [(1, 3), (6, 8), (9, 12)].into()));
     }
 }

@@ -290,12 +290,13 @@ impl Meta {
     pub(crate) fn make_frozen_stable(&mut self, image: &Image) {
         let frozen = std::mem::take(&mut self.frozen);
         let mut pages: Vec<PageId> = Vec::new();
-        for (start, end) in frozen.bits {
+        let set = frozen.bits.into_iter().map(|run| (run, true));
+        for ((start, end), value) in set.chain(frozen.cleared.into_iter().map(|run| (run, false))) {
             for page in start / PAYLOAD_BITS..=(end - 1) / PAYLOAD_BITS {
                 let from = page * PAYLOAD_BITS;
                 let id = (RegionKind::Bitmap, page);
                 let words = self.stable_words(image, id);
-                set_words(words, start.max(from) - from, end.min(from + PAYLOAD_BITS) - from, true);
+                set_words(words, start.max(from) - from, end.min(from + PAYLOAD_BITS) - from, value);
                 pages.push(id);
             }
         }

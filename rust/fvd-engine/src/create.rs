@@ -18,6 +18,9 @@ use fvd_format::{Header, PageZero, RegionKind};
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
+/// With blocks of a given size, a bitmap does not go on behind the base if it would be longer: bytes.
+const ZERO_BITS_MAX: u64 = 8 * OWN_BITS_DEFAULT_MAX;
+
 /// Zeroing is asked for in steps of this, so that one request stays short: bytes.
 const ZERO_STEP: u64 = 1 << 30;
 
@@ -32,7 +35,14 @@ impl<H: Host> Queue<H> {
         check_base(&params.base_name, &params.base_format)?;
         check_data_file(&params.data_name, &params.data_format)?;
         image.map.two_files.store(!params.data_name.is_empty(), Ordering::Release);
-        let header = self.plan(params).await?;
+        let mut header = self.plan(params).await?;
+        if header.is_compact() && !header.pristine && header.covered < header.virtual_size && !image.zeroing_is_dear() && !image.limits(FileId::Image).grows_zeroed {
+            // The image to be overwritten has nothing there.
+            self.probe_zeroing().await?;
+            if image.zeroing_is_dear() {
+                header = self.plan(params).await?;
+            }
+        }
         let holes = self.find_holes(params, &header).await?;
         self.write_image(params, header, holes).await
     }
@@ -71,14 +81,21 @@ impl<H: Host> Queue<H> {
             return fail(Kind::Invalid, "detect_sparse_hole needs a base");
         }
         let counted = if base_length == BASE_LENGTH_UNKNOWN { virtual_size } else { base_length.min(virtual_size) };
+        // Where zeroing is dear the bitmap goes on behind the base, to say what is zero.
+        let zero_bits = params.compact && params.preallocation == Preallocation::Off && self.image().zeroing_is_dear();
         let block_size = match params.block_size {
             _ if counted == 0 => 0,
+            0 if zero_bits => default_block_size(counted).max(default_own_grain(virtual_size)).min(chunk_size),
             0 if params.compact => default_block_size(counted).min(chunk_size),
             0 => default_block_size(counted),
             given => given,
         };
         // The base's last block is covered whole, so that no host sector is half covered.
-        let covered = if block_size == 0 { 0 } else { ceil(counted, u64::from(block_size)).min(virtual_size) };
+        let covered = match u64::from(block_size) {
+            0 => 0,
+            block if zero_bits && virtual_size.div_ceil(block) / 8 <= ZERO_BITS_MAX => virtual_size,
+            block => ceil(counted, block).min(virtual_size),
+        };
         let mut uuid = [0; 16];
         self.host().random(&mut uuid);
         let mut header = Header {
@@ -110,7 +127,7 @@ impl<H: Host> Queue<H> {
             data_format: params.data_format.clone(),
             regions: [None; REGION_SLOTS],
         };
-        place_regions(&mut header, journal_size);
+        place_regions(&mut header, journal_size, zero_bits);
         if params.compact {
             let mapped = if params.preallocation == Preallocation::Off { 0 } else { header.chunks() };
             header.reach = header.chunk_offset(mapped);

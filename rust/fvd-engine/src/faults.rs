@@ -51,6 +51,13 @@ pub enum Fault {
     RepairCopiesFirst,
     /// A repair mends a header copy only after it updated the header (CC-65).
     WrongCopyLater,
+    /// Blocks that a discard or write-zeroes lets read as zero keep the bit that says data, though their chunk gets
+    /// storage again that is not zeroed (CC-67).
+    ZeroBitsKept,
+    /// A block that is zeroed in part gets the bit that says zero (CC-67).
+    ZeroBitsRoundOut,
+    /// A host that refuses to zero cheaply is believed to have done it (CC-67).
+    RefusalIsZero,
     /// An amended growth step is in memory only, until the header is written for another reason.
     AmendNotWritten,
     /// Regions are built anew, but the header still lets old commits count.
@@ -205,7 +212,7 @@ pub enum Fault {
 impl Fault {
     /// Those that the simulator must notice in what guests find or in the order of writes. The others have a
     /// test of their own.
-    pub const ALL: [Fault; 94] = [
+    pub const ALL: [Fault; 97] = [
         Self::NoDataSync,
         Self::BitBeforeData,
         Self::FlushSharesRunningCommit,
@@ -298,6 +305,9 @@ impl Fault {
         Self::DataNotSyncedAtCreation,
         Self::AmendNotWritten,
         Self::WildEntryUsed,
+        Self::ZeroBitsKept,
+        Self::ZeroBitsRoundOut,
+        Self::RefusalIsZero,
         Self::RepairCopiesFirst,
         Self::WrongCopyLater,
     ];

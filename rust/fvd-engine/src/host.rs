@@ -40,7 +40,7 @@ pub struct Limits {
     pub write_granule: u32,
     /// The file grows by truncate, and the new space reads as zero.
     pub grows_zeroed: bool,
-    /// Zeroing a range costs no data transfer.
+    /// Zeroing a range costs no data transfer, as far as is known: see [`OpKind::ZeroCheaply`].
     pub cheap_zeroing: bool,
     /// Writes may carry the FUA flag.
     pub can_fua: bool,
@@ -212,6 +212,9 @@ pub enum OpKind {
         /// The storage may be given back.
         may_unmap: bool,
     },
+    /// Makes the range read as zero, if that costs no data transfer: `-ENOTSUP` otherwise. Only where the
+    /// limits say that zeroing is cheap, since not every host knows that before it has tried.
+    ZeroCheaply,
     /// The range's content is no longer needed; afterwards it reads as before or as zero.
     Discard,
     /// Sets the file's length to `offset`.

@@ -37,6 +37,8 @@ pub(crate) enum State {
 pub(crate) struct Map {
     pub(crate) virtual_size: AtomicU64,
     pub(crate) covered: AtomicU64,
+    /// See [`Header::zero_from`].
+    pub(crate) zero_from: AtomicU64,
     pub(crate) block_shift: AtomicU32,
     pub(crate) data_offset: AtomicU64,
     /// Guest data lies in a file of its own.
@@ -172,6 +174,8 @@ pub struct Image {
     pub(crate) space_refusals: AtomicU64,
     /// Writes that find no storage wait for news.
     pub(crate) wait_for_space: AtomicBool,
+    /// The host said that zeroing is cheap, and then that it is not.
+    pub(crate) zeroing_is_dear: AtomicBool,
     /// Held by whatever changes size, base or regions.
     pub(crate) layout_lock: AsyncMutex,
     pub(crate) commit_wait: WaitQueue,
@@ -190,6 +194,7 @@ impl Image {
             space_news: AtomicU64::new(0),
             space_refusals: AtomicU64::new(0),
             wait_for_space: AtomicBool::new(config.wait_for_space),
+            zeroing_is_dear: AtomicBool::new(false),
             config,
             state: AtomicU8::new(State::New as u8),
             poisoned: AtomicBool::new(false),
@@ -268,6 +273,16 @@ impl Image {
     #[inline]
     pub(crate) fn data_limits(&self) -> &Limits {
         self.limits(self.data_file())
+    }
+
+    /// Whether zeroing guest data's storage costs what writing costs, as far as is known.
+    pub(crate) fn zeroing_is_dear(&self) -> bool {
+        !self.data_limits().cheap_zeroing || self.zeroing_is_dear.load(Ordering::Acquire)
+    }
+
+    /// Whether the bitmap of a compact image says what of its chunks was written, to spare zeroing them.
+    pub(crate) fn has_zero_bits(&self) -> bool {
+        self.map.zero_from.load(Ordering::Acquire) < self.map.covered.load(Ordering::Acquire)
     }
 
     /// The length of a file of flat guest data is a multiple of this: bytes. A data file ends where the disk

@@ -5,7 +5,10 @@ use crate::error::{Error, Kind, Result};
 use crate::executor::Queue;
 use crate::host::{FileId, Host, HostOp, OpKind, OwnBuf, Segment};
 use crate::image::faulty;
+use fvd_format::header::{HEADER_OFFSETS, REGIONS_START};
+use fvd_format::limits::PAGE_SIZE;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 /// Largest own buffer that data is moved through: bytes.
 pub(crate) const BOUNCE_MAX: u64 = 2 << 20;
@@ -13,6 +16,8 @@ pub(crate) const BOUNCE_MAX: u64 = 2 << 20;
 const ATTEMPTS: usize = 3;
 /// The base is not attached.
 pub(crate) const ENOMEDIUM: i32 = 123;
+/// What a host answers that can zero by writing only.
+const ENOTSUP: i32 = 95;
 
 /// The engine's view of an operation's result.
 pub(crate) fn result_of<B>(op: &HostOp<B>, ret: i64) -> Result<i64> {
@@ -24,7 +29,7 @@ pub(crate) fn result_of<B>(op: &HostOp<B>, ret: i64) -> Result<i64> {
         OpKind::Read => "reading",
         OpKind::Write { .. } => "writing",
         OpKind::Flush => "syncing",
-        OpKind::WriteZeroes { .. } => "zeroing",
+        OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply => "zeroing",
         OpKind::Discard => "discarding",
         OpKind::Truncate => "setting the length of",
         OpKind::GetLength => "measuring",
@@ -79,6 +84,30 @@ impl<H: Host> Queue<H> {
         }
         let (ret, op) = self.io(op).await;
         result_of(&op, ret)
+    }
+
+    /// Zeroes a range if that is cheap; false, and known from now on, if it is not.
+    pub(crate) async fn zero_cheaply(self: &Rc<Self>, file: FileId, offset: u64, len: u64) -> Result<bool> {
+        let image = self.image().clone();
+        match self.op(bare(OpKind::ZeroCheaply, file, offset, len)).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind == Kind::Host(ENOTSUP) => {
+                image.zeroing_is_dear.store(true, Ordering::Release);
+                Ok(faulty!(image, RefusalIsZero))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Finds out whether zeroing is dear, if the host promised otherwise: in the reserved space between
+    /// the header's copies and the regions.
+    pub(crate) async fn probe_zeroing(self: &Rc<Self>) -> Result<()> {
+        const RESERVED: u64 = 192 << 10;
+        const { assert!(HEADER_OFFSETS[1] + PAGE_SIZE as u64 <= RESERVED && RESERVED + PAGE_SIZE as u64 <= REGIONS_START) };
+        if !self.image().zeroing_is_dear() && self.image().data_file() == FileId::Image {
+            self.zero_cheaply(FileId::Image, RESERVED, PAGE_SIZE as u64).await?;
+        }
+        Ok(())
     }
 
     /// Reads `len` bytes at `offset`, rounded out to the file's alignment; returns the buffer and

@@ -13,14 +13,16 @@ pub(crate) const REGION_ALIGNMENT: u64 = 64 << 10;
 const DATA_ALIGNMENT: u64 = 1 << 20;
 
 /// Gives every region of a new image its place, and the data its offset: in a file of its own, 0.
-pub(crate) fn place_regions(header: &mut Header, journal_size: u64) {
+/// `zero_bits`: the first write makes a bitmap, if there is none yet.
+pub(crate) fn place_regions(header: &mut Header, journal_size: u64, zero_bits: bool) {
     let alignment = DATA_ALIGNMENT.max(u64::from(header.chunk_size));
     // Room for the regions of a bitmap made later: a hole, which costs addresses, not storage. Not
     // on a device, where it would cost storage.
-    let room = header.covered == 0 && !header.has_data_file() && header.compatible & compatible::NON_ZEROING == 0 && header.virtual_size > 0;
+    let room = header.covered == 0 && !header.has_data_file() && (zero_bits || header.compatible & compatible::NON_ZEROING == 0) && header.virtual_size > 0;
     let mut later = header.clone();
     if room {
-        (later.covered, later.block_size) = (header.virtual_size, default_block_size_of(header));
+        let block_size = if zero_bits { default_own_grain(header.virtual_size).min(header.chunk_size) } else { default_block_size_of(header) };
+        (later.covered, later.block_size) = (header.virtual_size, block_size);
     }
     // An image file that holds nothing else has its regions from the start.
     let regions = header.covered > 0 || header.is_compact() || header.has_data_file();

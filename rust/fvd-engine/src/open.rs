@@ -239,6 +239,7 @@ impl Image {
             let _ = map.table.set(Bits::new(header.chunks() * ENTRY_BITS));
         }
         map.chunk_shift.store(if header.is_compact() { header.chunk_size.trailing_zeros() } else { 0 }, Ordering::Release);
+        map.zero_from.store(header.zero_from(), Ordering::Release);
         // After the bitmap, so that who sees the length finds the bits.
         map.covered.store(header.covered, Ordering::Release);
         map.virtual_size.store(header.virtual_size, Ordering::Release);

@@ -10,7 +10,7 @@ use crate::bits::{Bits, SEGMENT_BITS, SEGMENT_MEMORY, SEGMENT_PAGES, Segment, se
 use crate::changes::{Runs, add_run};
 use crate::error::{Kind, Result};
 use crate::executor::{Queue, fail};
-use crate::host::{FileId, Host, OpKind, OwnBuf};
+use crate::host::{FileId, Host, LogLevel, OpKind, OwnBuf};
 use crate::image::{Image, faulty};
 use crate::io::{BOUNCE_MAX, bare, ceil};
 use crate::layout::{FreeSpace, REGION_ALIGNMENT, default_block_size_of, fit_places, regions_anew};
@@ -54,7 +54,8 @@ impl<H: Host> Drop for Hold<H> {
 
 impl<H: Host> Queue<H> {
     /// Ends the pristine state before the first write. If the image has a base by now, in the
-    /// header or attached by the host, it gets a bitmap, in which every block is still in the base.
+    /// header or attached by the host, it gets a bitmap, in which every block is still in the base; so
+    /// does a compact one where zeroing is dear, to say what of its chunks was written.
     pub(crate) async fn leave_pristine(self: &Rc<Self>) -> Result<()> {
         let image = self.image().clone();
         if !image.map.pristine.load(Ordering::Acquire) {
@@ -64,8 +65,20 @@ impl<H: Host> Queue<H> {
         if !image.map.pristine.load(Ordering::Acquire) {
             return Ok(());
         }
-        if image.header().virtual_size > 0 && self.has_base().await? {
+        let header = image.header();
+        if header.virtual_size > 0 && self.has_base().await? {
             return self.rebuild(Fill::Base, 0, cover_disk).await;
+        }
+        if header.virtual_size > 0 && header.is_compact() {
+            self.probe_zeroing().await?;
+        }
+        if header.virtual_size > 0 && header.is_compact() && image.zeroing_is_dear() {
+            match self.rebuild(Fill::Base, 0, cover_with_zero).await {
+                Err(error) if matches!(error.kind, Kind::NoSpace | Kind::NoMemory) => {
+                    self.host().log(LogLevel::Warning, &format!("chunks are zeroed when they are handed out: {}", error.text));
+                }
+                done => return done,
+            }
         }
         self.update_header(|header| header.pristine = false).await?;
         image.map.pristine.store(false, Ordering::Release);
@@ -78,7 +91,8 @@ impl<H: Host> Queue<H> {
         let image = self.image().clone();
         let header = image.header();
         let counted = base_length.min(header.virtual_size);
-        if header.pristine || counted <= header.covered {
+        // What the bitmap says to be zero would be taken for the longer base's.
+        if header.pristine || counted <= header.covered || header.zero_from() < header.covered {
             return Ok(());
         }
         self.rebuild(Fill::Keep, 0, |header| {
@@ -241,6 +255,10 @@ impl<H: Host> Queue<H> {
         image.check_capacity(new)?;
         self.load_blocks(0, old.blocks()).await?;
         let block = u64::from(old.block_size);
+        if old.zero_from() < old.covered {
+            // There the base ends as before, and bits say of the rest that it is zero.
+            return Ok(());
+        }
         let edge = old.base_length.min(old.covered);
         let (last, start) = (edge / block, edge / block * block);
         if new.covered >= old.covered && start < edge && !self.run_of(last, last + 1).await?.0 && !faulty!(image, LastBlockLeftHalf) {
@@ -340,6 +358,14 @@ fn cover_disk(header: &mut Header) {
     header.covered = header.virtual_size;
 }
 
+/// Lets the bitmap say of the whole disk what is in the image; the rest reads as zero.
+fn cover_with_zero(header: &mut Header) {
+    header.pristine = false;
+    header.base_length = 0;
+    header.block_size = default_own_grain(header.virtual_size).min(header.chunk_size);
+    header.covered = header.virtual_size;
+}
+
 /// Gives the regions that `new` needs a place which `old` does not name, in `chunks` if there are
 /// some; returns those that are new. Page map and what it covers always are; double-write area and
 /// journal if they have none or lie before `data_end`, which the disk will reach.
@@ -401,7 +427,7 @@ impl Image {
         if kind == RegionKind::Bitmap {
             let (first, end) = (old.blocks().max(from), new.blocks().min(from + PAYLOAD_BITS));
             if first < end {
-                set_words(&mut words, first - from, end - from, true);
+                set_words(&mut words, first - from, end - from, added_bits(old));
             }
         }
         // Of a disk that shrinks.
@@ -444,7 +470,7 @@ impl Image {
                 bits.insert(segment, Segment::initial());
             }
             if kind == RegionKind::Bitmap && old.blocks() < count {
-                bits.write(old.blocks(), count, true);
+                bits.write(old.blocks(), count, added_bits(old));
             }
             if count < bits_of(old, kind) && !faulty!(self, ShrinkKeepsBits) {
                 bits.clear_from(count);
@@ -457,7 +483,7 @@ impl Image {
         {
             let mut meta = self.meta();
             // A growth step that is being opened waits for its commit, which names no region.
-            assert!(meta.pending.bits.is_empty() && meta.pending.entries.is_empty() && meta.frozen.is_empty() && meta.stable.is_empty(), "everything was committed");
+            assert!(meta.pending.bits.is_empty() && meta.pending.cleared.is_empty() && meta.pending.entries.is_empty() && meta.frozen.is_empty() && meta.stable.is_empty(), "everything was committed");
             for kind in MAPPED.into_iter().chain([RegionKind::PageMap]) {
                 meta.count_sums.insert(kind, header.region(kind).map_or(0, |r| r.count_sum));
             }
@@ -468,6 +494,7 @@ impl Image {
             meta.written.clear();
             meta.segments_loaded += added;
         }
+        map.zero_from.store(header.zero_from(), Ordering::Release);
         // After the bitmap, so that who sees the length finds the bits.
         map.covered.store(header.covered, Ordering::Release);
         map.virtual_size.store(header.virtual_size, Ordering::Release);
@@ -507,6 +534,12 @@ impl Image {
         }
         mapped
     }
+}
+
+/// What the bits say of blocks that the bitmap did not cover before: those that it may be told of are zero
+/// where others are told so, too.
+fn added_bits(old: &Header) -> bool {
+    old.zero_from() >= old.covered
 }
 
 /// Length of a region's content in bits.

@@ -193,6 +193,16 @@ impl<H: Host> Queue<H> {
             return fail(Kind::OutOfRange, format!("size {size} needs {chunks} chunks of {} bytes, at most {CHUNKS_MAX} fit", header.chunk_size));
         }
         self.zero_rest_of_chunk(header).await?;
+        if header.zero_from() < header.covered && header.covered == header.virtual_size {
+            let grown = self.rebuild(Fill::Keep, 0, |header| (header.virtual_size, header.covered) = (size, size)).await;
+            match grown {
+                // Then chunks that are added are zeroed when they get storage.
+                Err(error) if matches!(error.kind, Kind::NoSpace | Kind::NoMemory | Kind::Unsupported) => {
+                    self.host().log(LogLevel::Warning, &format!("the bitmap does not reach as far as the disk: {}", error.text));
+                }
+                done => return done,
+            }
+        }
         let table = header.region(RegionKind::Table).expect("compact image");
         if chunks > table.pages() * PAYLOAD_ENTRIES {
             return self.rebuild(Fill::Keep, 0, |header| header.virtual_size = size).await;

@@ -286,7 +286,8 @@ impl<H: Host> Queue<H> {
         let look = || {
             let told = {
                 let meta = image.meta();
-                let space = meta.space.as_ref().expect("looked for");
+                // Nobody looked for space yet if that is what failed.
+                let Some(space) = &meta.space else { return Some(Err(error.clone())) };
                 if !space.free.is_empty() || !space.unpunched.is_empty() {
                     return Some(Ok(()));
                 }
@@ -388,17 +389,22 @@ impl<H: Host> Queue<H> {
         if faulty!(image, FreeIsFresh) {
             return true;
         }
-        if end - start < FRESH_RUN_MIN || !image.data_limits().cheap_zeroing {
+        if end - start < FRESH_RUN_MIN || image.zeroing_is_dear() {
             return false;
         }
         let (offset, len) = {
             let header = image.header();
             (header.chunk_offset(start), (end - start) * u64::from(header.chunk_size))
         };
-        match self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), offset, len)).await {
-            Ok(_) => faulty!(image, FreshNotSynced) || self.sync_data().await.is_ok(),
-            // They are zeroed one by one when they are handed out, and fail there.
-            Err(_) => false,
+        let zeroed = if image.has_zero_bits() {
+            self.zero_cheaply(image.data_file(), offset, len).await
+        } else {
+            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), offset, len)).await.map(|_| true)
+        };
+        match zeroed {
+            Ok(true) => faulty!(image, FreshNotSynced) || self.sync_data().await.is_ok(),
+            // They are zeroed one by one when they are handed out, and fail there; or bits say what is zero.
+            Ok(false) | Err(_) => false,
         }
     }
 
@@ -463,12 +469,16 @@ impl<H: Host> Queue<H> {
         }
         let (from, to) = (header.chunk_offset(start), header.chunk_offset(end));
         let mut fresh = limits.grows_zeroed;
-        if from < length && (limits.cheap_zeroing || limits.grows_zeroed) {
+        if from < length && (!image.zeroing_is_dear() || limits.grows_zeroed) {
             // Whatever lies behind the reach is not ours, or was never recorded.
-            if !faulty!(image, StepNotZeroed) {
-                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), from, ceil(length, PAGE_SIZE as u64).min(to) - from)).await?;
-            }
-            fresh = true;
+            let len = ceil(length, PAGE_SIZE as u64).min(to) - from;
+            fresh = if faulty!(image, StepNotZeroed) {
+                true
+            } else if image.has_zero_bits() && !limits.grows_zeroed {
+                self.zero_cheaply(image.data_file(), from, len).await?
+            } else {
+                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), from, len)).await.map(|_| true)?
+            };
         }
         if faulty!(image, StepBehindFile) && limits.grows_zeroed {
             self.op(bare(OpKind::Truncate, image.data_file(), length.max(from) + (to - from), 0)).await?;

@@ -190,6 +190,13 @@ impl<H: Host> Queue<H> {
         }
         if let Some(new) = new {
             self.zero_new_chunks(offset, end, base, new).await?;
+            if new.taken.fresh
+                && let Some((from, to)) = self.bits_of_fresh(new)
+            {
+                // All of it reads as zero with and without bits, and later writes need not ask.
+                self.load_blocks(from, to).await?;
+                bits = Some((from, to));
+            }
         }
         let entries = new.map(|new| (new.first, new.taken));
         if (bits.is_some() || new.is_some()) && faulty!(image, BitBeforeData) {
@@ -199,6 +206,15 @@ impl<H: Host> Queue<H> {
         assert!(!faulty!(image, PanicInWrite), "planted panic");
         self.expose(entries, bits);
         Ok(())
+    }
+
+    /// Blocks of new chunks past the base; `None` if some are not, or have no bits.
+    fn bits_of_fresh(&self, new: NewChunks) -> Option<(u64, u64)> {
+        let map = &self.image().map;
+        let (chunk, block) = (map.chunk_shift.load(Ordering::Relaxed), map.block_shift.load(Ordering::Relaxed));
+        let covered = map.covered.load(Ordering::Acquire);
+        let (from, to) = (new.first << chunk, ((new.first + new.taken.count) << chunk).min(covered));
+        (from >= map.zero_from.load(Ordering::Acquire) && from < to).then(|| (from >> block, to.div_ceil(1 << block)))
     }
 
     /// Zeroes what `offset..end` leaves of chunks that were just handed out, unless they read as zero.
@@ -215,10 +231,31 @@ impl<H: Host> Queue<H> {
             chunks = vec![(new.first, whole_start), (whole_end, new.first + new.taken.count)];
         }
         for (first, stop) in chunks.into_iter().filter(|(first, stop)| first < stop) {
-            let op = bare(OpKind::WriteZeroes { may_unmap: false }, image.data_file(), base.wrapping_add(first << shift), (stop - first) << shift);
-            self.op(op).await?;
+            let (mut at, stop) = (first << shift, stop << shift);
+            while at < stop {
+                let (hidden, next) = self.hidden(at, stop).await?;
+                if !hidden {
+                    let op = bare(OpKind::WriteZeroes { may_unmap: false }, image.data_file(), base.wrapping_add(at), next - at);
+                    self.op(op).await?;
+                }
+                at = next;
+            }
         }
         Ok(())
+    }
+
+    /// Whether bits say that nobody sees the storage of guest bytes from `at` on, and up to where below
+    /// `stop` that holds; both are borders of blocks.
+    async fn hidden(self: &Rc<Self>, at: u64, stop: u64) -> Result<(bool, u64)> {
+        let map = &self.image().map;
+        let shift = map.block_shift.load(Ordering::Relaxed);
+        // Of a block that the bitmap covers in part the rest is in this image, as soon as the disk has grown.
+        let whole = floor(map.covered.load(Ordering::Acquire), 1 << shift);
+        if at >= whole {
+            return Ok((false, stop));
+        }
+        let (bit, blocks) = self.run_of(at >> shift, stop.min(whole) >> shift).await?;
+        Ok((!bit, at + (blocks << shift)))
     }
 
     /// Writes `head`, `payload`, `tail`, contiguous, with `payload` at guest byte `offset`, which is file
@@ -339,14 +376,22 @@ impl<H: Host> Queue<H> {
                 }
             }
             if let Some((first, end)) = blocks {
-                meta.pending.data_first |= meta.set_bits(image, first, end) && !faulty!(image, OneSyncOverBase);
+                // Past the base a new bit shows what fresh storage holds, and that is what was seen before.
+                let past_base = first << image.map.block_shift.load(Ordering::Relaxed) >= image.map.zero_from.load(Ordering::Acquire);
+                let seen = past_base && chunks.is_some_and(|(_, taken)| taken.fresh);
+                meta.pending.data_first |= meta.write_bits(image, first, end, true) && !seen && !faulty!(image, OneSyncOverBase);
             }
         }
         self.after_change();
     }
 
-    /// Takes the storage of chunks away, in memory, and says that `blocks` are in this image: they read
-    /// as zero from now on. Who began before may still use the storage; returns it for when they have
+    /// Says in memory that blocks `first..end`, which have no storage, or are past the base, read as zero.
+    pub(crate) fn say_zero(self: &Rc<Self>, first: u64, end: u64) {
+        self.image().meta().write_zero_bits(self.image(), first, end);
+        self.after_change();
+    }
+
+    /// Takes the storage of chunks away, in memory, and says that `blocks` read as zero from now on. Who began before may still use the storage; returns it for when they have
     /// ended.
     pub(crate) fn unmap(self: &Rc<Self>, first: u64, end: u64, blocks: Option<(u64, u64)>) -> Runs {
         let image = self.image();
@@ -361,7 +406,7 @@ impl<H: Host> Queue<H> {
                 }
             }
             if let Some((first, end)) = blocks {
-                meta.set_bits(image, first, end);
+                meta.write_zero_bits(image, first, end);
             }
         }
         self.after_change();
@@ -436,8 +481,17 @@ struct NewChunks {
 }
 
 impl Meta {
-    /// Sets bits in memory; whether any changed. Their segments are loaded.
-    fn set_bits(&mut self, image: &Image, first: u64, end: u64) -> bool {
+    /// Blocks without storage read as zero if they are in this image, and past the base if they are not: where it
+    /// can be told so, a chunk that gets storage later needs no zeroing (CC-67).
+    fn write_zero_bits(&mut self, image: &Image, first: u64, end: u64) {
+        let zero_from = image.map.zero_from.load(Ordering::Acquire).div_ceil(1 << image.map.block_shift.load(Ordering::Relaxed));
+        let border = if faulty!(image, ZeroBitsKept) { end } else { zero_from.clamp(first, end) };
+        self.write_bits(image, first, border, true);
+        self.write_bits(image, border, end, false);
+    }
+
+    /// Sets or clears bits in memory; whether any changed. Their segments are loaded.
+    fn write_bits(&mut self, image: &Image, first: u64, end: u64, to: bool) -> bool {
         let bits = image.bits();
         let mut any = false;
         let mut at = first;
@@ -446,12 +500,12 @@ impl Meta {
                 Run::Bits { value, len } => (value, len),
                 _ => unreachable!("loaded before the data was written"),
             };
-            if !value {
+            if value != to {
                 for page in at / PAYLOAD_BITS..=(at + len - 1) / PAYLOAD_BITS {
                     self.keep_stable(image, (RegionKind::Bitmap, page));
                 }
-                bits.write(at, at + len, true);
-                add_run(&mut self.pending.bits, at, at + len);
+                bits.write(at, at + len, to);
+                self.pending.say_bits(at, at + len, to);
                 any = true;
             }
             at += len;

@@ -3,7 +3,7 @@
 
 use crate::error::Result;
 use crate::executor::Queue;
-use crate::host::{Host, OpKind};
+use crate::host::{FileId, Host, LogLevel, OpKind};
 use crate::image::faulty;
 use crate::io::{BOUNCE_MAX, bare, ceil, floor};
 use crate::request::Place;
@@ -36,17 +36,23 @@ impl<H: Host> Queue<H> {
         let covered = image.map.covered.load(Ordering::Acquire);
         let shift = image.map.block_shift.load(Ordering::Relaxed);
         let block = 1u64 << shift;
-        // Partly covered first and last blocks that are still in the base need copy-on-write.
+        // Partly covered first and last blocks that are still in the base need copy-on-write; past the base
+        // such a block reads as zero already.
+        let zero_from = image.map.zero_from.load(Ordering::Acquire);
         let mut from = offset;
         if from < covered && from % block != 0 && !faulty!(image, ZeroWithoutHull) && !self.state_of(from, 1).await?.0 {
             let stop = ceil(from, block).min(end);
-            self.zero_by_writing(from, stop).await?;
+            if from < zero_from {
+                self.zero_by_writing(from, stop).await?;
+            }
             from = stop;
         }
         let mut to = end;
         if to > from && to < covered && to % block != 0 && !self.state_of(to - 1, 1).await?.0 {
             let stop = floor(to, block).max(from);
-            self.zero_by_writing(stop, to).await?;
+            if stop < zero_from {
+                self.zero_by_writing(stop, to).await?;
+            }
             to = stop;
         }
         if from == to {
@@ -79,13 +85,12 @@ impl<H: Host> Queue<H> {
             match self.entries_of(first, end).await? {
                 EntryRun::Chunks { id, count } => {
                     let base = (data + (id << chunk_shift)).wrapping_sub(first << chunk_shift);
-                    self.zero_in_place(at, stop(count), may_unmap, base).await?;
+                    self.zero_in_chunks(at, stop(count), may_unmap, base).await?;
                     at = stop(count);
                 }
                 EntryRun::Free { count } => {
-                    // Without storage a block reads as zero once it is in this image.
                     if at < covered {
-                        self.set_bits(at >> shift, ((stop(count).min(covered) - 1) >> shift) + 1);
+                        self.say_zero(at >> shift, ((stop(count).min(covered) - 1) >> shift) + 1);
                     }
                     at = stop(count);
                 }
@@ -136,6 +141,53 @@ impl<H: Host> Queue<H> {
             self.free(freed);
         }
         Ok(())
+    }
+
+    /// The same for a range of chunks that have storage: whole blocks past the base get the bit that says zero.
+    async fn zero_in_chunks(self: &Rc<Self>, from: u64, to: u64, may_unmap: bool, base: u64) -> Result<()> {
+        let (first, last) = self.zero_blocks(from, to);
+        if first >= last {
+            return self.zero_in_place(from, to, may_unmap, base).await;
+        }
+        if from < first {
+            self.zero_in_place(from, first, may_unmap, base).await?;
+        }
+        if last < to {
+            self.zero_in_place(last, to, may_unmap, base).await?;
+        }
+        self.hide(first, last).await;
+        if may_unmap {
+            self.give_back(self.image().data_file(), base.wrapping_add(first), base.wrapping_add(last)).await;
+        }
+        Ok(())
+    }
+
+    /// The part of a range that a bitmap can say to be zero: whole blocks, past the base. Empty if start ≥ end.
+    fn zero_blocks(&self, from: u64, to: u64) -> (u64, u64) {
+        let map = &self.image().map;
+        let (covered, block) = (map.covered.load(Ordering::Acquire), 1u64 << map.block_shift.load(Ordering::Relaxed));
+        let start = ceil(from, block).max(map.zero_from.load(Ordering::Acquire));
+        let end = if to == covered { to } else { floor(to.min(covered), block) };
+        (start, if faulty!(self.image(), ZeroBitsRoundOut) && start < to { ceil(to, block).min(covered) } else { end })
+    }
+
+    /// Says of whole blocks past the base that they read as zero, and waits for whoever found them to be
+    /// data (R5). The caller has loaded their bits.
+    async fn hide(self: &Rc<Self>, first: u64, last: u64) {
+        let shift = self.image().map.block_shift.load(Ordering::Relaxed);
+        self.say_zero(first >> shift, last.div_ceil(1 << shift));
+        self.image().narrow().await;
+    }
+
+    /// Lets the storage have bytes `start..end` of a file back, as far as it cares to; nobody reads them.
+    async fn give_back(self: &Rc<Self>, file: FileId, start: u64, end: u64) {
+        let align = u64::from(self.image().data_limits().request_alignment);
+        let (start, end) = (ceil(start, align), floor(end, align));
+        if start < end
+            && let Err(error) = self.op(bare(OpKind::Discard, file, start, end - start)).await
+        {
+            self.host().log(LogLevel::Warning, &error.context("giving storage back").text);
+        }
     }
 
     /// Zeroes a range that lies in one place of the file: guest byte *g* at `base` + *g*, modulo 2⁶⁴. Its
@@ -206,6 +258,15 @@ impl<H: Host> Queue<H> {
             let (mut from, mut to) = (ceil(at, align), floor(at + run, align));
             if faulty!(image, DiscardRoundsOut) {
                 (from, to) = (floor(at, align), ceil(at + run, align));
+            }
+            let (first, last) = self.zero_blocks(at, at + run);
+            if let Place::Data { .. } = place
+                && first < last
+            {
+                // Its bits say so, durably in time; what they do not reach stays as it is.
+                self.wait_for_dirty_room().await?;
+                self.hide(first, last).await;
+                (from, to) = (from.max(first), to.min(last));
             }
             if let Place::Data { file, offset } = place
                 && from < to

@@ -6,7 +6,7 @@ mod common;
 
 use common::sim::*;
 use common::*;
-use fvd_engine::host::{FileId, Limits};
+use fvd_engine::host::{FileId, Limits, OpKind};
 use fvd_engine::{BlockStatus, Config, CreateParams, Kind, Place, Preallocation, Reply, Request};
 use fvd_format::{RegionKind, page};
 
@@ -389,6 +389,113 @@ fn preallocated_chunks_have_their_place_and_read_zero() {
         same(&sim.read(3 * CHUNK + 4096, 4096), &[0; 4096], "the rest");
         sim.close();
     }
+}
+
+/// What a host does that cannot zero: one that says so, and one that finds out.
+#[test]
+fn where_zeroing_is_dear_bits_say_what_was_written() {
+    let said = Limits { grows_zeroed: false, cheap_zeroing: false, ..limits(512) };
+    let unsaid = Limits { cheap_zeroing: true, ..said };
+    for limits in [said, unsaid] {
+        let open = |bytes: &Store| {
+            let sim = Sim::try_open(bytes, None, limits, Config::default()).unwrap();
+            sim.world.zeroing_is_dear.set(true);
+            sim
+        };
+        let mut storage = Store::default();
+        storage.write(0, &vec![0xa5; 10 * MIB as usize]);
+        let params = CreateParams { journal_size: MIB, storage_grow_unit: 128 * CHUNK, ..compact(64 * CHUNK + 512) };
+        let sim = open(&create_in(storage, params, None, limits).unwrap());
+        sim.write(0, vec![1; 512]);
+        sim.flush();
+        let header = sim.info().header;
+        assert_eq!((header.block_size, header.covered, header.base_length), (4096, 64 * CHUNK + 512, 0));
+        // Whatever a write leaves of its chunk is not written, and reads as zero.
+        let mut expect = vec![0; (64 * CHUNK + 512) as usize];
+        expect[..512].fill(1);
+        let write = |sim: &Sim, expect: &mut Vec<u8>, offset: u64, value: u8| {
+            sim.counts();
+            sim.world.trace.take();
+            sim.write(offset, vec![value; 4096]);
+            sim.flush();
+            let counts = sim.counts();
+            assert_eq!((counts.writes, counts.bytes_written, counts.syncs), (2, 8192, 2));
+            assert!(!sim.world.trace.take().iter().any(|op| matches!(op.kind, OpKind::WriteZeroes { .. })));
+            expect[offset as usize..][..4096].fill(value);
+        };
+        for (value, chunk) in [5, 6, 9, 20].into_iter().enumerate() {
+            write(&sim, &mut expect, chunk * CHUNK + 8192, 2 + value as u8);
+        }
+        same(&sim.read(0, expect.len() as u64), &expect, "written");
+        // A part of a chunk is zeroed without a write, for good; the chunk keeps its place.
+        let before = place(&sim, 9 * CHUNK + 8192).unwrap();
+        sim.counts();
+        sim.ask(Request::WriteZeroes { offset: 9 * CHUNK + 4096, len: 12288, may_unmap: false, fua: true }).unwrap();
+        assert_eq!((sim.counts().writes, place(&sim, 9 * CHUNK + 8192)), (1, None), "the journal");
+        expect[(9 * CHUNK + 4096) as usize..][..12288].fill(0);
+        write(&sim, &mut expect, 9 * CHUNK + 12288, 7);
+        assert_eq!(place(&sim, 9 * CHUNK + 12288), Some(before + 4096));
+        // A sector of a block is another matter.
+        sim.ask(Request::WriteZeroes { offset: 9 * CHUNK + 12288 + 512, len: 512, may_unmap: true, fua: false }).unwrap();
+        expect[(9 * CHUNK + 12288 + 512) as usize..][..512].fill(0);
+        discard(&sim, 6 * CHUNK, CHUNK);
+        discard(&sim, 20 * CHUNK + 8192, 4096);
+        expect[(6 * CHUNK) as usize..(7 * CHUNK) as usize].fill(0);
+        expect[(20 * CHUNK + 8192) as usize..][..4096].fill(0);
+        // Storage that was freed is as good as any.
+        sim.flush();
+        write(&sim, &mut expect, 6 * CHUNK + 16384, 8);
+        let sim = open(&sim.close());
+        same(&sim.read(0, expect.len() as u64), &expect, "opened again");
+        // The first commit of a session updates the header.
+        sim.write(0, vec![1; 512]);
+        sim.write(4096, vec![1; 512]);
+        expect[4096..4608].fill(1);
+        sim.flush();
+        write(&sim, &mut expect, 6 * CHUNK + 20480, 9);
+        write(&sim, &mut expect, 30 * CHUNK, 10);
+        // What is added, too, has bits.
+        sim.ask(Request::Resize { size: 80 * CHUNK, zeroed: true }).unwrap();
+        expect.resize(80 * CHUNK as usize, 0);
+        assert_eq!(sim.info().header.covered, 80 * CHUNK);
+        write(&sim, &mut expect, 70 * CHUNK + 4096, 11);
+        write(&sim, &mut expect, 64 * CHUNK + 4096, 12);
+        let sim = open(&sim.crash());
+        same(&sim.read(0, expect.len() as u64), &expect, "after a crash");
+        assert_eq!(mapped(&sim), 8);
+        sim.close();
+    }
+}
+
+/// Past a base that is shorter than the disk, bits say zero; another base does not show there.
+#[test]
+fn a_longer_base_does_not_show_where_bits_say_zero() {
+    let dear = Limits { grows_zeroed: false, cheap_zeroing: false, ..limits(512) };
+    let mut storage = Store::default();
+    storage.write(0, &vec![0xa5; 10 * MIB as usize]);
+    let params = CreateParams { journal_size: MIB, ..over(compact(32 * CHUNK), "raw") };
+    let short = vec![0x77; (4 * CHUNK + 512) as usize];
+    let storage = create_in(storage, params, Some(short.clone()), dear).unwrap();
+    let sim = Sim::try_open(&storage, Some(short.clone()), dear, Config::default()).unwrap();
+    assert_eq!((sim.info().header.covered, sim.info().header.base_length), (32 * CHUNK, 4 * CHUNK + 512));
+    let mut expect = vec![0; 32 * CHUNK as usize];
+    expect[..short.len()].copy_from_slice(&short);
+    for at in [CHUNK, 4 * CHUNK + 1024, 9 * CHUNK] {
+        sim.write(at, vec![1; 1024]);
+        expect[at as usize..][..1024].fill(1);
+    }
+    same(&sim.read(0, 32 * CHUNK), &expect, "over the shorter base");
+    let long = vec![0x77; (20 * CHUNK) as usize];
+    let sim = Sim::try_open(&sim.close(), Some(long.clone()), dear, Config::default()).unwrap();
+    sim.ask(Request::ChangeBase { name: "long".into(), format: "raw".into() }).unwrap();
+    let sim = Sim::try_open(&sim.close(), Some(long.clone()), dear, Config::default()).unwrap();
+    same(&sim.read(0, 32 * CHUNK), &expect, "over the longer base");
+    // But what is given back to it does.
+    sim.ask(Request::MakeEmpty).unwrap();
+    expect.fill(0);
+    expect[..long.len()].copy_from_slice(&long);
+    same(&sim.read(0, 32 * CHUNK), &expect, "emptied");
+    sim.close();
 }
 
 #[test]

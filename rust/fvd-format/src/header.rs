@@ -333,6 +333,12 @@ impl Header {
         if self.block_size == 0 { 0 } else { bitmap::blocks(self.covered, self.block_size) }
     }
 
+    /// From this guest byte on, up to the covered length, a bit 0 says that the block reads as zero: it lies
+    /// past the base's last block (FMT-31). A multiple of the block size, or the covered length.
+    pub fn zero_from(&self) -> u64 {
+        self.base_length.checked_next_multiple_of(u64::from(self.block_size).max(1)).map_or(self.covered, |end| end.min(self.covered))
+    }
+
     /// Whether storage is allocated by the lookup table.
     pub fn is_compact(&self) -> bool {
         self.incompatible & incompatible::COMPACT != 0
@@ -597,9 +603,8 @@ impl Header {
         if !self.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&self.block_size) {
             return Err(FormatError::invalid("block size", format!("{} is no power of two from 4096 to 2097152", self.block_size)));
         }
-        // The block that holds the base's end is covered whole.
-        let base_blocks = self.base_length.checked_next_multiple_of(u64::from(self.block_size)).unwrap_or(u64::MAX);
-        if self.covered > self.virtual_size || self.covered % SECTOR != 0 || self.covered > base_blocks {
+        // The block that holds the base's end is covered whole; of a compact image perhaps all others too.
+        if self.covered > self.virtual_size || self.covered % SECTOR != 0 || (self.zero_from() < self.covered && !self.is_compact()) {
             return Err(FormatError::invalid("covered length", format!("{}", self.covered)));
         }
         Ok(())

@@ -67,8 +67,18 @@ const _: () = assert!(JOURNAL_SIZE_MIN % (2 * PAGE_SIZE as u64) == 0);
 /// where the base's length is unknown): the smallest power of two ≥ 4 KiB whose bitmap is ≤ 2 MiB,
 /// and at most [`BLOCK_SIZE_MAX`].
 pub fn default_block_size(length: u64) -> u32 {
+    smallest_block(length, BITMAP_DEFAULT_MAX)
+}
+
+/// The default grain at which a compact image of `virtual_size` bytes notes what of a chunk was written
+/// (FMT-33, FMT-95): the smallest power of two ≥ 4 KiB whose bits are ≤ 8 MiB, and at most [`BLOCK_SIZE_MAX`].
+pub fn default_own_grain(virtual_size: u64) -> u32 {
+    smallest_block(virtual_size, OWN_BITS_DEFAULT_MAX)
+}
+
+fn smallest_block(length: u64, most: u64) -> u32 {
     let mut block = BLOCK_SIZE_MIN;
-    while block < BLOCK_SIZE_MAX && length.div_ceil(u64::from(block)).div_ceil(8) > BITMAP_DEFAULT_MAX {
+    while block < BLOCK_SIZE_MAX && length.div_ceil(u64::from(block)).div_ceil(8) > most {
         block *= 2;
     }
     block

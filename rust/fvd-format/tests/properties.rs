@@ -210,12 +210,13 @@ proptest! {
     }
 
     #[test]
-    fn default_block_size_keeps_its_promise(length in nasty()) {
-        let block = default_block_size(length);
-        prop_assert!(block.is_power_of_two() && (BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&block));
+    fn default_block_sizes_keep_their_promise(length in nasty()) {
         let bitmap = |block: u32| length.div_ceil(u64::from(block)).div_ceil(8);
-        prop_assert!(bitmap(block) <= BITMAP_DEFAULT_MAX || block == BLOCK_SIZE_MAX);
-        prop_assert!(block == BLOCK_SIZE_MIN || bitmap(block / 2) > BITMAP_DEFAULT_MAX, "not the smallest");
+        for (block, most) in [(default_block_size(length), BITMAP_DEFAULT_MAX), (default_own_grain(length), OWN_BITS_DEFAULT_MAX)] {
+            prop_assert!(block.is_power_of_two() && (BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&block));
+            prop_assert!(bitmap(block) <= most || block == BLOCK_SIZE_MAX);
+            prop_assert!(block == BLOCK_SIZE_MIN || bitmap(block / 2) > most, "not the smallest");
+        }
     }
 }
 

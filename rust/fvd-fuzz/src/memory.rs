@@ -256,7 +256,7 @@ impl World {
                 }
                 counts.changes += 1;
             }
-            OpKind::WriteZeroes { .. } | OpKind::Discard => {
+            OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard => {
                 file.zero(op.offset, op.len);
                 counts.changes += 1;
             }

@@ -295,6 +295,7 @@ impl FileIo {
                 OpKind::Write { fua } => unsafe { raw.transfer(true, fua, offset, &mut cursor) },
                 OpKind::Flush => raw.flush(),
                 OpKind::WriteZeroes { may_unmap } => raw.write_zeroes(offset, len, may_unmap),
+                OpKind::ZeroCheaply => raw.zero_cheaply(offset, len),
                 OpKind::Discard => raw.discard(offset, len),
                 OpKind::Truncate => raw.truncate(offset),
                 OpKind::GetLength => raw.get_length(),
@@ -448,7 +449,7 @@ impl FileIo {
     fn note(&self, op: &HostOp<IoVecBuf>) {
         let mut reached = self.reached.get();
         let file = &mut reached[op.file as usize];
-        if matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::BaseStatus) {
+        if matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::BaseStatus) {
             *file = (*file).max(op.offset.saturating_add(op.len));
         }
         self.reached.set(reached);

@@ -270,6 +270,16 @@ impl RawFile {
         }
     }
 
+    /// Makes a range of what the file has read as zero without writing zeroes: `-ENOTSUP` where it cannot.
+    pub fn zero_cheaply(&self, offset: u64, len: u64) -> i64 {
+        // Of a file a hole, of a device what does not fall back to writing.
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match again(|| rustix::fs::fallocate(&self.file, flags, offset, len)) {
+            Err(errno) if unsupported(errno) => -i64::from(libc::ENOTSUP),
+            result => ret(result),
+        }
+    }
+
     fn zero_file(&self, offset: u64, end: u64, may_unmap: bool) -> rustix::io::Result<()> {
         use FallocateFlags as Flags;
         let call = |flags, offset, end| again(|| rustix::fs::fallocate(&self.file, flags, offset, end - offset));

@@ -139,6 +139,8 @@ pub struct Options {
     pub discard_no_unref: bool,
     /// A discard leaves the data as it was, in how many of 100 cases.
     pub discard_ignored_percent: u64,
+    /// See [`crate::world::Setup::zeroing_is_dear`].
+    pub zeroing_is_dear: bool,
 }
 
 /// What many requests meet in.
@@ -284,6 +286,7 @@ impl Options {
             fail_percent: p.pick(&[0, 0, 30, 60]),
             cut_percent: p.pick(&[50, 80, 100]),
             discard_ignored_percent: p.pick(&[0, 0, 50, 100]),
+            zeroing_is_dear: false,
             discard_no_unref: p.one_in(5),
             answer: Answer {
                 grows_by: if p.chance(50) { p.pick(&[16 << 10, 64 << 10, 256 << 10]) } else { 0 },
@@ -296,6 +299,8 @@ impl Options {
         if options.starts.len() > 1 && p.chance(30) {
             (options.batches_fail, options.checkpoint_after, options.batch_pages) = (true, p.pick(&[1, 1, 3]), p.pick(&[1, 1, 2]));
         }
+        // Nor this.
+        options.zeroing_is_dear = seed % 5 < if options.data_limits().grows_zeroed { 1 } else { 3 };
         // Reads by lookups while all chunks are given away and taken again.
         if crowd == Crowd::Chunks && base != BaseIs::None && p.chance(40) {
             options.weights[Kind::Empty as usize] = 8;

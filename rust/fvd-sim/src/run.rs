@@ -186,6 +186,7 @@ impl<'a> Run<'a> {
             latency: options.latency,
             inline_percent: options.inline_percent,
             discard_ignored_percent: options.discard_ignored_percent,
+            zeroing_is_dear: options.zeroing_is_dear,
             answer: options.answer,
             leaks: self.leaks,
             trace: self.trace,

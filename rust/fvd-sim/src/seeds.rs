@@ -22,4 +22,5 @@ pub const REGRESSIONS: &[(u64, &str)] = &[
     (193165271166750, "a batch that failed left its page-map bit set, and the next one wrote it before the page (PageMapAhead)"),
     (208463749988971, "the same where the last chunk had got other storage since"),
     (7326, "growth zeroed up to the end of a file that a torn write had left at an odd length"),
+    (48874904385864, "the host answered a read of the table with ENOSPC: the write waited for storage of which nothing was known"),
 ];

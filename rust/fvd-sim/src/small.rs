@@ -19,7 +19,7 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
         }
     };
     println!("alphabet of {} operations, up to {depth} of them: {} sequences in each of {} variants", ALPHABET.len(), sequences(depth), VARIANTS.len());
-    println!("{:<38} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
+    println!("{:<44} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
     let (mut fine, mut recoveries, all, cpu) = (true, 0, Instant::now(), cpu_seconds());
     for variant in VARIANTS {
         let begun = Instant::now();
@@ -54,12 +54,16 @@ fn progress(depth: u32, begun: Instant) -> impl Fn(usize) + Sync {
 }
 
 fn print(variant: Variant, summary: &Summary, begun: Instant, fault: Option<Fault>) -> bool {
-    let layout = if variant.compact { "compact, " } else { "" };
+    let layout = match variant {
+        Variant { chunk: 0, .. } => "",
+        Variant { device: false, .. } => "compact, ",
+        Variant { device: true, .. } => "compact, device, ",
+    };
     let name = format!("{layout}{}, {}-byte host", if variant.synced { "flushes between" } else { "no flushes" }, variant.alignment);
     let tally = &summary.tally;
     let seconds = begun.elapsed().as_secs_f64();
     println!(
-        "{name:<38} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10.1}",
+        "{name:<44} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10.1}",
         tally.sequences,
         tally.cuts,
         tally.files,

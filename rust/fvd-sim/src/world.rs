@@ -36,6 +36,7 @@ pub type Outcome = Result<Reply, Error>;
 
 const EIO: i64 = -5;
 const ENOMEDIUM: i64 = -123;
+const ENOTSUP: i64 = -95;
 
 /// Which operations a planned failure reaches; others go on as if nothing were wrong.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl Reach {
     fn holds<B>(self, op: &HostOp<B>) -> bool {
         match self {
             Self::All => true,
-            Self::Space => matches!(op.kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Truncate),
+            Self::Space => matches!(op.kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Truncate),
             Self::Base => op.file == FileId::Base,
         }
     }
@@ -105,6 +106,8 @@ pub struct Setup {
     pub failures: Failures,
     /// A discard leaves the data as it was, in how many of 100 cases.
     pub discard_ignored_percent: u64,
+    /// The host says that zeroing is cheap, until it is asked to do it.
+    pub zeroing_is_dear: bool,
     /// What comes of it when the engine says that the storage is nearly used up.
     pub answer: Answer,
     /// What may have left space that nothing uses.
@@ -194,6 +197,7 @@ impl Setup {
             inline_percent: 0,
             failures: Failures::default(),
             discard_ignored_percent: 0,
+            zeroing_is_dear: false,
             answer: Answer::default(),
             leaks: Leaks { disturbed: true, largest_disk: u64::MAX, largest_write: 1 << 20, largest_step: 0 },
             trace: false,
@@ -225,7 +229,7 @@ fn failed_kind(kind: OpKind) -> usize {
         OpKind::Read => 0,
         OpKind::Write { .. } => 1,
         OpKind::Flush => 2,
-        OpKind::WriteZeroes { .. } => 3,
+        OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply => 3,
         OpKind::Discard => 4,
         OpKind::Truncate => 5,
         OpKind::GetLength => 6,
@@ -376,12 +380,13 @@ fn kind_number(kind: OpKind) -> u64 {
         OpKind::Truncate => 7,
         OpKind::GetLength => 8,
         OpKind::BaseStatus => 9,
+        OpKind::ZeroCheaply => 10,
     }
 }
 
 /// Whether an operation changes a file.
 pub fn is_change(kind: OpKind) -> bool {
-    matches!(kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard | OpKind::Truncate)
+    matches!(kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard | OpKind::Truncate)
 }
 
 impl World {

@@ -227,6 +227,8 @@ pub struct World {
     /// Operations performed, in order of completion.
     pub trace: RefCell<Vec<Traced>>,
     pub limits: Limits,
+    /// Cheap zeroing is refused, whatever the limits say.
+    pub zeroing_is_dear: Cell<bool>,
 }
 
 /// One operation the host performed.
@@ -258,7 +260,7 @@ impl Host for TestHost {
 
     fn submit(&self, token: Token, op: HostOp<Buf>) {
         let align = u64::from(self.0.limits.request_alignment);
-        if matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard) {
+        if matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard) {
             assert!(op.offset % align == 0 && op.len % align == 0 && op.len > 0, "misaligned host request {op:?}");
         }
         assert!(op.file != FileId::Base || matches!(op.kind, OpKind::Read | OpKind::GetLength | OpKind::BaseStatus), "{op:?}");
@@ -316,6 +318,7 @@ impl World {
             counts: RefCell::default(),
             trace: RefCell::default(),
             limits,
+            zeroing_is_dear: Cell::new(false),
         })
     }
 
@@ -377,7 +380,8 @@ impl World {
                 disk.change(Change::Bytes(op.offset, bytes));
                 0
             }
-            OpKind::WriteZeroes { .. } | OpKind::Discard => {
+            OpKind::ZeroCheaply if self.zeroing_is_dear.get() => -95,
+            OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard => {
                 disk.change(Change::Zero(op.offset, op.len));
                 0
             }
@@ -449,7 +453,7 @@ impl World {
     /// The power goes. What was on its way may have reached the disk in part.
     pub fn cut(&self, rng: &mut Rng) {
         for (_, mut op, issued) in self.pending.take() {
-            if op.file == FileId::Image && matches!(op.kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard) {
+            if op.file == FileId::Image && matches!(op.kind, OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard) {
                 self.perform(&mut op, issued);
             }
         }

@@ -119,7 +119,7 @@ impl ThreadHost {
                     at += bytes.len();
                 }
             }
-            OpKind::WriteZeroes { .. } | OpKind::Discard => image[at..at + op.len as usize].fill(0),
+            OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard => image[at..at + op.len as usize].fill(0),
             OpKind::Flush => {}
             OpKind::Truncate => image.resize(at, 0),
             OpKind::GetLength => return if op.file == FileId::Base { self.files.base.len() } else { image.len() } as i64,

@@ -172,6 +172,21 @@ fn a_wrong_field_of_a_compact_image_is_named() {
     }
 }
 
+/// A bitmap that goes on behind the base's end says what is zero there; only with chunks (FMT-16, FMT-31).
+#[test]
+fn bits_behind_the_base_say_zero() {
+    assert_eq!(compact_sample().zero_from(), compact_sample().covered);
+    for (base_length, zero_from) in [(0, 0), (512, 4096), ((1 << 30) - 512, 1 << 30), (1 << 29, 1 << 29), (u64::MAX, 1 << 30)] {
+        let mut header = compact_sample();
+        header.base_length = base_length;
+        let decoded = Header::decode(&header.uuid, 2, &header.encode(2)).unwrap();
+        assert_eq!(decoded.zero_from(), zero_from);
+    }
+    let mut flat = sample();
+    flat.base_length = 1 << 29;
+    assert_eq!(Header::decode(&flat.uuid, 1, &flat.encode(1)).unwrap_err().field, "covered length");
+}
+
 #[test]
 fn page_zero_says_what_it_is_not() {
     let mut page = PageZero { uuid: [1; 16] }.encode();

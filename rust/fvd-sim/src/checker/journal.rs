@@ -204,9 +204,16 @@ fn exposes(disk: &Disk, header: &Header, payload: &[u8], table: &BTreeMap<u64, u
     let mut rest = payload;
     while !rest.is_empty() {
         let record = Record::decode(&mut rest).map_err(|error| format!("an invalid record is journaled: {error}"))?;
-        if let Record::Bits { region: RegionKind::Bitmap, value: true, first, count } = record {
+        if let Record::Bits { region: RegionKind::Bitmap, value, first, count } = record {
             let block = u64::from(header.block_size);
-            check(first * block, ((first + u64::from(count)) * block).min(header.covered))?;
+            let (from, to) = (first * block, ((first + u64::from(count)) * block).min(header.covered));
+            if value {
+                check(from, to)?;
+            } else if from < header.zero_from() {
+                return Err(format!("a record gives blocks {first}+{count} back to the base (CC-67)"));
+            } else if let Some(text) = not_durable(disk, &model, |_| None, from, to) {
+                return Err(format!("a record says zero of a cell that is not (CC-67): {text}"));
+            }
         }
     }
     // Beyond what the bitmap covers, an entry alone exposes.

@@ -239,7 +239,10 @@ fn region_at(header: &Header, op: &HostOp<Buf>) -> Result<Option<RegionKind>, St
 /// What `fvd_engine::host` says of every operation.
 fn contract(limits: &Limits, op: &HostOp<Buf>) -> Verdict {
     let align = u64::from(limits.request_alignment);
-    let ranged = matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::Discard);
+    let ranged = matches!(op.kind, OpKind::Read | OpKind::Write { .. } | OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply | OpKind::Discard);
+    if matches!(op.kind, OpKind::ZeroCheaply) && !limits.cheap_zeroing {
+        return Err("cheap zeroing is asked of a host that has none".into());
+    }
     if ranged && ((op.offset | op.len) % align != 0 || op.len == 0) {
         return Err(format!("{:?} of {:?}: {} bytes at {} are not aligned to {align}", op.kind, op.file, op.len, op.offset));
     }

@@ -10,6 +10,7 @@ pub mod tear;
 
 use crate::campaign::caught;
 use crate::checker::{Checker, Mode};
+use crate::content::GARBAGE_BYTE;
 use crate::geometry::Base;
 use crate::store::Store;
 use crate::world::{Leaks, Setup, World};
@@ -23,6 +24,8 @@ use std::sync::{Mutex, PoisonError};
 
 /// The longest sequences that are played end with a disk that grew so many times.
 const DEPTH_MAX: u64 = 3;
+/// What a device has: bytes. Room for regions built anew, and for a disk that grows.
+const DEVICE: u64 = (3 << 20) + (512 << 10);
 
 /// The image and the host that all sequences of a thread start from.
 pub struct Stage {
@@ -32,6 +35,7 @@ pub struct Stage {
     pub synced: bool,
     alignment: u32,
     grow_unit: u64,
+    device: bool,
     fault: Option<Fault>,
 }
 
@@ -42,32 +46,40 @@ pub struct Variant {
     pub synced: bool,
     /// The host's request alignment: 512 or 4096 bytes.
     pub alignment: u32,
-    /// The image is compact, of four chunks of a block each.
-    pub compact: bool,
+    /// Chunk of a compact image: bytes; 0: it is flat.
+    pub chunk: u32,
+    /// The storage does not grow, is full of garbage, and zeroing it is dear.
+    pub device: bool,
 }
 
 /// All variants.
-pub const VARIANTS: [Variant; 5] = [
-    Variant { synced: false, alignment: 512, compact: false },
-    Variant { synced: true, alignment: 512, compact: false },
-    Variant { synced: false, alignment: 4096, compact: false },
-    Variant { synced: false, alignment: 512, compact: true },
-    Variant { synced: true, alignment: 4096, compact: true },
+pub const VARIANTS: [Variant; 6] = [
+    Variant { synced: false, alignment: 512, chunk: 0, device: false },
+    Variant { synced: true, alignment: 512, chunk: 0, device: false },
+    Variant { synced: false, alignment: 4096, chunk: 0, device: false },
+    Variant { synced: false, alignment: 512, chunk: 4096, device: false },
+    Variant { synced: true, alignment: 4096, chunk: 4096, device: false },
+    Variant { synced: false, alignment: 512, chunk: 8192, device: true },
 ];
 
 impl Stage {
     /// Makes the image: always the same.
     pub fn new(variant: Variant, fault: Option<Fault>) -> Self {
-        let mut stage = Self { image: Store::default(), synced: variant.synced, alignment: variant.alignment, grow_unit: if variant.compact { 8192 } else { 0 }, fault: None };
-        let world = World::new(stage.setup(Store::default(), false, false), Checker::new(Mode::Create, None));
+        let grow_unit = if variant.chunk > 0 { 8192 } else { 0 };
+        let mut stage = Self { image: Store::default(), synced: variant.synced, alignment: variant.alignment, grow_unit, device: variant.device, fault: None };
+        let mut bytes = Store::default();
+        if variant.device {
+            bytes.fill_pages(0, DEVICE, GARBAGE_BYTE);
+        }
+        let world = World::new(stage.setup(bytes, false, false), Checker::new(Mode::Create, None));
         let params = CreateParams {
             virtual_size: Some(DISK * 512),
             block_size: 4096,
             journal_size: 1 << 20,
             base_name: "short".into(),
             base_format: "raw".into(),
-            compact: variant.compact,
-            chunk_size: if variant.compact { 4096 } else { 0 },
+            compact: variant.chunk > 0,
+            chunk_size: variant.chunk,
             storage_grow_unit: stage.grow_unit,
             ..CreateParams::default()
         };
@@ -92,7 +104,7 @@ impl Stage {
     /// A world with a file; `eager`: a checkpoint follows each commit.
     pub fn setup(&self, bytes: Store, long: bool, eager: bool) -> Setup {
         let mut limits = [Limits::default(); FILES];
-        limits[0] = Limits { request_alignment: self.alignment, memory_alignment: 512, ..Limits::default() };
+        limits[0] = Limits { request_alignment: self.alignment, memory_alignment: 512, grows_zeroed: !self.device, cheap_zeroing: !self.device, ..Limits::default() };
         let config = Config { limits, fault: self.fault, checkpoint_after: u64::from(eager), ..Config::default() };
         let scripted = Setup::scripted(bytes, Some(self.base(long)), config);
         let leaks = Leaks { largest_disk: 512 * (DISK + DEPTH_MAX * GROWTH), largest_write: 512 * DISK, ..scripted.leaks };

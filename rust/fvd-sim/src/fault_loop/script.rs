@@ -51,7 +51,7 @@ pub const VARIANTS: [Variant; 10] = [
     Variant { name: "4096-fixed", align: 4096, granule: 4096, fixed: true, chunk: 0, two_files: false, inline_percent: 0, spread: 0 },
     Variant { name: "512-slow", align: 512, granule: 4096, fixed: false, chunk: 0, two_files: false, inline_percent: 0, spread: 200 * US },
     Variant { name: "512-compact", align: 512, granule: 4096, fixed: false, chunk: 8192, two_files: false, inline_percent: 0, spread: 0 },
-    Variant { name: "4096-compact-fixed", align: 4096, granule: 16384, fixed: true, chunk: 4096, two_files: false, inline_percent: 0, spread: 0 },
+    Variant { name: "4096-compact-fixed", align: 4096, granule: 16384, fixed: true, chunk: 16384, two_files: false, inline_percent: 0, spread: 0 },
     Variant { name: "512-compact-slow", align: 512, granule: 4096, fixed: false, chunk: 16384, two_files: false, inline_percent: 0, spread: 200 * US },
     Variant { name: "512-data", align: 512, granule: 4096, fixed: false, chunk: 0, two_files: true, inline_percent: 0, spread: 0 },
     Variant { name: "4096-compact-data", align: 4096, granule: 4096, fixed: true, chunk: 4096, two_files: true, inline_percent: 0, spread: 0 },
@@ -202,7 +202,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         memory_alignment: 512,
         write_granule: variant.granule,
         grows_zeroed: !variant.fixed,
-        cheap_zeroing: true,
+        cheap_zeroing: !variant.fixed || variant.chunk == 0,
         can_fua: false,
     };
     let options = Options {
@@ -228,6 +228,7 @@ fn plan(variant: &Variant, base: BaseIs, preallocate: bool) -> Rc<Plan> {
         commit_interval_ns: 5 * SECOND,
         latency: [Latency { spread: variant.spread, ..Latency::NONE }; 2],
         discard_ignored_percent: 0,
+        zeroing_is_dear: variant.fixed && variant.two_files,
         discard_no_unref: false,
         answer: Answer::default(),
         wait_for_space: false,
@@ -404,8 +405,8 @@ pub fn phases(variant: &Variant, fault: Option<Fault>) -> Verdict<Vec<Phase>> {
         out.push(phase(recover, &known, &start, Work::Session, RECOVERED));
         out.push(phase(look, &known, &start, Work::Look, LOOK));
     }
-    if !variant.fixed {
-        let surprise = plan(variant, BaseIs::Surprise, false);
+    if !variant.fixed || variant.chunk > 0 {
+        let surprise = plan(variant, if variant.fixed { BaseIs::None } else { BaseIs::Surprise }, false);
         let bare = phase("create-bare", &surprise, &none, Work::Create, &[]);
         let start = created(&bare, fault)?;
         out.push(phase("pristine", &surprise, &start, Work::Session, PRISTINE));

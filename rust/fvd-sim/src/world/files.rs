@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What operations do to the files of the world, or fail to do.
 
-use super::{EIO, ENOMEDIUM, Inner, failed_kind};
+use super::{EIO, ENOMEDIUM, ENOTSUP, Inner, failed_kind};
 use crate::content::SECTOR;
 use crate::disk::Change;
 use crate::geometry::Base;
@@ -56,7 +56,8 @@ impl Inner {
     pub(super) fn change_of(&mut self, op: &HostOp<Buf>) -> Option<Change> {
         match op.kind {
             OpKind::Write { .. } => Some(Change::Bytes(op.offset, Rc::new(bytes_of(op)))),
-            OpKind::WriteZeroes { .. } => Some(Change::Zero(op.offset, op.len)),
+            OpKind::ZeroCheaply if self.setup.zeroing_is_dear => None,
+            OpKind::WriteZeroes { .. } | OpKind::ZeroCheaply => Some(Change::Zero(op.offset, op.len)),
             OpKind::Discard if self.setup.discard_ignored_percent > 0 && self.prng.chance(self.setup.discard_ignored_percent) => None,
             OpKind::Discard => Some(Change::Zero(op.offset, op.len)),
             OpKind::Truncate => Some(Change::Length(op.offset)),
@@ -84,6 +85,7 @@ impl Inner {
                     at += len;
                 }
             }
+            OpKind::ZeroCheaply if self.setup.zeroing_is_dear => return ENOTSUP,
             OpKind::Flush => self.disk_of(op.file).flush(mark),
             OpKind::GetLength => return self.disk_of(op.file).view.len() as i64,
             OpKind::BaseStatus => return EIO,
