@@ -40,11 +40,11 @@ class Side:
         if not fresh:
             make(self.image)
 
-    def run(self, write, depth, requests, flush=None):
+    def run(self, write, depth, requests, flush=None, stride=STRIDE):
         if self.fresh:
             self.make(self.image)
         args = [tool("qemu-img"), "bench", "-f", self.form, "-t", self.place.cache, "-i", "io_uring",
-                "-d", depth, "-c", requests, "-s", 4096, "-S", STRIDE]
+                "-d", depth, "-c", requests, "-s", 4096, "-S", stride]
         args += ["-w"] if write else []
         args += [f"--flush-interval={flush}"] if flush else []
         got = timed(args + [self.image])

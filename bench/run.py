@@ -12,11 +12,12 @@ import compact
 import counts
 import instructions
 import journal
+import mapped
 import opens
 import ratios
 from common import BUILD, GIB, Failed, Place, Report, machine
 
-SECTIONS = ("counts", "opens", "instructions", "journal", "ratios")
+SECTIONS = ("counts", "opens", "instructions", "journal", "mapped", "ratios")
 
 
 def main():
@@ -51,6 +52,8 @@ def main():
         instructions.report(place, programs, args.quick, out)
     if "journal" in only:
         journal.report(place, programs, args.quick, rounds(15), out)
+    if "mapped" in only:
+        mapped.report(place, programs, args.quick, rounds(15), out)
     if "ratios" in only:
         ratios.report(place, args.quick, rounds(31), out)
     bad = out.finish(args.output)

@@ -325,7 +325,7 @@ struct fvd_create {
     uint32_t chunk_size;
     /**
      * Compact: the file grows in steps of so many bytes, a multiple of the
-     * chunk size; 0: 64 MiB.
+     * chunk size; 0: 64 MiB, of larger disks in files up to 256 MiB.
      */
     uint64_t storage_grow_unit;
     /**

@@ -7,7 +7,7 @@
 #   scripts/bench.sh                     everything, about a quarter of an hour
 #   scripts/bench.sh --quick             in two minutes; times are not judged
 #   scripts/bench.sh --only counts       what anyone can count, in half a minute; no times
-#   scripts/bench.sh --only counts,opens some of: counts opens instructions journal ratios
+#   scripts/bench.sh --only counts,opens some of: counts opens instructions journal mapped ratios
 #   scripts/bench.sh --rounds 31         more rounds A/B/B/A
 #
 #   BENCH_FS=tmpfs|loop|disk   where the images are, instead of the best there is

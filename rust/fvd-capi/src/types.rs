@@ -261,7 +261,7 @@ pub struct fvd_create {
     /// than 2^31 chunks.
     pub chunk_size: u32,
     /// Compact: the file grows in steps of so many bytes, a multiple of the
-    /// chunk size; 0: 64 MiB.
+    /// chunk size; 0: 64 MiB, of larger disks in files up to 256 MiB.
     pub storage_grow_unit: u64,
     /// Path of the data file as it will stand in the image, UTF-8; NULL or
     /// empty: guest data lies in the image file. What FVD_FILE_DATA holds is

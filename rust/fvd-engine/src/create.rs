@@ -73,7 +73,7 @@ impl<H: Host> Queue<H> {
         if params.block_size != 0 && (!params.block_size.is_power_of_two() || !(BLOCK_SIZE_MIN..=BLOCK_SIZE_MAX).contains(&params.block_size)) {
             return fail(Kind::Invalid, format!("block_size {} is no power of two from {BLOCK_SIZE_MIN} to {BLOCK_SIZE_MAX}", params.block_size));
         }
-        let (chunk_size, storage_grow_unit) = plan_chunks(params, virtual_size)?;
+        let (chunk_size, storage_grow_unit) = plan_chunks(params, virtual_size, self.image().data_limits().grows_zeroed)?;
         if params.compact && params.block_size > chunk_size {
             return fail(Kind::Invalid, format!("block_size {} is larger than chunk_size {chunk_size}", params.block_size));
         }
@@ -295,7 +295,7 @@ fn check_data_file(name: &str, format: &str) -> Result<()> {
 }
 
 /// Chunk size and growth step; 0 unless the image is to be compact.
-fn plan_chunks(params: &CreateParams, virtual_size: u64) -> Result<(u32, u64)> {
+fn plan_chunks(params: &CreateParams, virtual_size: u64, grows_zeroed: bool) -> Result<(u32, u64)> {
     if !params.compact {
         return match (params.chunk_size, params.storage_grow_unit) {
             (0, 0) => Ok((0, 0)),
@@ -313,7 +313,11 @@ fn plan_chunks(params: &CreateParams, virtual_size: u64) -> Result<(u32, u64)> {
     if chunks > CHUNKS_MAX {
         return fail(Kind::OutOfRange, format!("size {virtual_size} needs {chunks} chunks of {chunk} bytes, at most {CHUNKS_MAX} fit"));
     }
-    let unit = if params.storage_grow_unit == 0 { STORAGE_GROW_UNIT_DEFAULT.max(u64::from(chunk)) } else { params.storage_grow_unit };
+    let unit = match params.storage_grow_unit {
+        // A step is zeroed on storage that does not read as zero.
+        0 => if grows_zeroed { default_grow_unit(virtual_size) } else { STORAGE_GROW_UNIT_DEFAULT }.max(u64::from(chunk)),
+        given => given,
+    };
     check_grow_unit(unit, chunk)?;
     Ok((chunk, unit))
 }

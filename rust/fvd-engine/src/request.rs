@@ -101,7 +101,8 @@ pub struct CreateParams {
     /// Allocation unit in bytes of a compact image: a power of two, 64 KiB–64 MiB; 0: 1 MiB, or more
     /// where a block is larger or the disk would have more than 2³¹ chunks.
     pub chunk_size: u32,
-    /// Growth step in bytes of a compact image, a multiple of the chunk size; 0: 64 MiB.
+    /// Growth step in bytes of a compact image, a multiple of the chunk size; 0: 64 MiB, of larger disks in
+    /// files up to 256 MiB.
     pub storage_grow_unit: u64,
 }
 

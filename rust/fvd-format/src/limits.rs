@@ -76,6 +76,12 @@ pub fn default_own_grain(virtual_size: u64) -> u32 {
     smallest_block(virtual_size, OWN_BITS_DEFAULT_MAX)
 }
 
+/// The default growth step of a compact image of `virtual_size` bytes in a file that grows by itself: a 64th
+/// of the disk as a power of two, from [`STORAGE_GROW_UNIT_DEFAULT`] to four of them. It costs the host no space.
+pub fn default_grow_unit(virtual_size: u64) -> u64 {
+    (virtual_size / 64).next_power_of_two().clamp(STORAGE_GROW_UNIT_DEFAULT, 4 * STORAGE_GROW_UNIT_DEFAULT)
+}
+
 fn smallest_block(length: u64, most: u64) -> u32 {
     let mut block = BLOCK_SIZE_MIN;
     while block < BLOCK_SIZE_MAX && length.div_ceil(u64::from(block)).div_ceil(8) > most {
