@@ -37,14 +37,17 @@ def allocating(place, rounds, requests, out):
 
     rows = []
     cases = [("random over 1 GiB, depth 32", GIB, requests, {"depth": 32, "stride": STRIDE}, True),
-             ("random over 1 GiB, flush each", GIB, requests // 8, {"depth": 1, "flush": 1, "stride": STRIDE}, True),
+             ("random over 1 GiB, flush each", GIB, requests // 16, {"depth": 1, "flush": 1, "stride": STRIDE}, True),
              ("one in each MiB, depth 32", 16 * GIB, requests, {"depth": 32, "stride": ALLOCATING}, False),
-             ("one in each MiB, flush each", 16 * GIB, requests // 8, {"depth": 1, "flush": 1, "stride": ALLOCATING}, True)]
+             ("one in each MiB, flush each", 16 * GIB, requests // 16, {"depth": 1, "flush": 1, "stride": ALLOCATING}, True)]
     for name, size, n, how, judged in cases:
         ours, raw, rivals = sides(size)
-        for ourselves in ours:
+        for ourselves in ours[:1] if "flush" in how else ours:
             for theirs in rivals + ([raw] if "flush" not in how else []):
-                times, _, iops, _ = compare(ourselves, theirs, rounds, n, write=True, **how)
+                if size > GIB and "2M" in theirs.label:
+                    continue  # There is no room for so much zeroing.
+                shown = not judged or ourselves is not ours[0]
+                times, _, iops, _ = compare(ourselves, theirs, min(rounds, 5) if shown else rounds, n, write=True, **how)
                 figure = 0.85 if theirs is raw else 1.1 if "flush" not in how else 1.0
                 median, low, high, verdict = judge_ratio(times, figure)
                 what = f"{ourselves.label[6:]}, {name}: {theirs.label[6:]}"
@@ -100,7 +103,7 @@ def reads(place, rounds, requests, out):
 def crashed(place, image):
     """An image of 1 TiB whose writer was killed with as much in its journal as it gets: bytes of that."""
     create("fvd", image, TIB, None, COMPACT)
-    child = subprocess.Popen([tool("qemu-img"), "bench", "-f", "fvd", "-t", place.cache, "-w", "--flush-interval=1", "--no-drain", "-d", "32",
+    child = subprocess.Popen([tool("qemu-img"), "bench", "-f", "fvd", "-t", place.cache, "-w", "--flush-interval=8", "-d", "8",
                               "-c", "1000000", "-s", "4096", "-S", str(ALLOCATING), image], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     used = 0
     deadline = time.monotonic() + 60
@@ -140,6 +143,8 @@ def open_and_check(place, programs, mapped, out):
     out.at_most("compact, open of the mapped 1 TiB, clean: median of 100, C API", clean, 5, " ms")
     image, copy = place.path("crashed"), place.path("crashed-copy")
     used = crashed(place, image)
+    if used < 4 * MIB:
+        raise Failed(f"the writer left {used} bytes of journal")
     took = []
     for _ in range(5):
         run("cp", "--sparse=always", image, copy)

@@ -144,7 +144,7 @@ impl<H: Host> Queue<H> {
         let mut at = 0;
         while at < sealed.len() {
             let run = sealed[at..].iter().zip(0..).take_while(|(p, i)| p.kind == sealed[at].kind && p.index == sealed[at].index + i).count();
-            let bytes: Vec<u8> = sealed[at..at + run].iter().flat_map(|page| page.bytes.iter().copied()).collect();
+            let bytes = sealed[at..at + run].iter().map(|page| &page.bytes[..]).collect::<Vec<_>>().concat();
             let region = header.region(sealed[at].kind).expect("page of a region");
             let offset = region.offset + sealed[at].index * PAGE_SIZE as u64;
             // A page that stays torn is whole only in the area, which nothing may overwrite any more:

@@ -22,6 +22,15 @@ use std::rc::Rc;
 /// Metadata is read in windows of this many bytes where its length comes from the image.
 pub(crate) const WINDOW: usize = 256 << 10;
 
+/// A part of the journal that was read: commits follow each other, and one read serves many.
+struct Window {
+    /// Place of its first unit.
+    place: u64,
+    units: u64,
+    buf: OwnBuf,
+    at: usize,
+}
+
 impl<H: Host> Queue<H> {
     /// Recovers.
     pub(crate) async fn recover(self: &Rc<Self>) -> Result<()> {
@@ -40,8 +49,9 @@ impl<H: Host> Queue<H> {
         if header.is_compact() {
             // A page in place may name storage that only a later commit's reach covers: the checkpoint
             // that wrote it was cut short.
+            let mut window = None;
             for extent in &scan.commits {
-                self.replay(&header, extent, |record| image.take_reach(&record)).await?;
+                self.replay(&header, extent, &mut window, |record| image.take_reach(&record)).await?;
             }
             let reach = image.meta().reach;
             if header.has_data_file() {
@@ -53,8 +63,9 @@ impl<H: Host> Queue<H> {
             }
         }
         let mut replayed = Replayed::default();
+        let mut window = None;
         for extent in &scan.commits {
-            self.replay(&header, extent, |record| image.take_down(record, &mut replayed)).await?;
+            self.replay(&header, extent, &mut window, |record| image.take_down(record, &mut replayed)).await?;
         }
         {
             let mut meta = image.meta();
@@ -170,20 +181,30 @@ impl<H: Host> Queue<H> {
 
     /// Reads a whole commit, a window at a time, and hands out its records. It was whole when
     /// the journal was scanned; storage that now says otherwise cannot be trusted.
-    async fn replay(self: &Rc<Self>, header: &Header, extent: &Extent, mut take: impl FnMut(Record<'_>) -> Result<()>) -> Result<()> {
+    async fn replay(self: &Rc<Self>, header: &Header, extent: &Extent, window: &mut Option<Window>, mut take: impl FnMut(Record<'_>) -> Result<()>) -> Result<()> {
         let region = *header.region(RegionKind::Journal).expect("image with a journal");
         // A record may lie across the border of two units, or of two windows.
         let (mut payload, mut len) = (Vec::new(), 0);
         let (mut seq, end) = (extent.id.seq, extent.id.seq + extent.units);
         while seq < end {
             let place = seq % region.pages();
-            let units = (end - seq).min(region.pages() - place).min((WINDOW / PAGE_SIZE) as u64);
-            let (buf, at) = self.read_own(FileId::Image, region.offset + place * PAGE_SIZE as u64, units * PAGE_SIZE as u64).await?;
+            let here = match window.take() {
+                Some(window) if (window.place..window.place + window.units).contains(&place) => window,
+                other => {
+                    let units = (region.pages() - place).min((WINDOW / PAGE_SIZE) as u64);
+                    let (offset, mut spare) = (region.offset + place * PAGE_SIZE as u64, other.map(|window| window.buf));
+                    let (buf, at) = self.read_next(FileId::Image, offset, units * PAGE_SIZE as u64, &mut spare).await?;
+                    Window { place, units, buf, at }
+                }
+            };
+            let skip = place - here.place;
+            let units = (end - seq).min(here.units - skip);
             let before = payload.len();
-            buf.for_each_page(at, units as usize, |i, unit| {
+            here.buf.for_each_page(here.at + skip as usize * PAGE_SIZE, units as usize, |i, unit| {
                 let unit = journal::decode_unit(&header.uuid, unit).filter(|u| u.seq == seq + i as u64 && u.commit == extent.id.commit);
                 payload.extend_from_slice(unit.map_or(&[], |u| u.payload));
             });
+            *window = Some(here);
             len += payload.len() - before;
             seq += units;
             let mut rest = &payload[..];

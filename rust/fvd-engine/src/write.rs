@@ -391,8 +391,8 @@ impl<H: Host> Queue<H> {
         self.after_change();
     }
 
-    /// Takes the storage of chunks away, in memory, and says that `blocks` read as zero from now on. Who began before may still use the storage; returns it for when they have
-    /// ended.
+    /// Takes the storage of chunks away, in memory, and says that `blocks` read as zero from now on. Who
+    /// began before may still use the storage; returns it for when they have ended.
     pub(crate) fn unmap(self: &Rc<Self>, first: u64, end: u64, blocks: Option<(u64, u64)>) -> Runs {
         let image = self.image();
         let mut freed = Runs::new();

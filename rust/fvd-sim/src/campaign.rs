@@ -69,9 +69,12 @@ fn watch(fault: Option<Fault>) -> Sender<u64> {
     std::thread::spawn(move || {
         let Ok(mut seed) = receiver.recv() else { return };
         loop {
+            let cpu = cpu_seconds().unwrap_or_default();
             match receiver.recv_timeout(SPINS) {
                 Ok(next) => seed = next,
                 Err(RecvTimeoutError::Disconnected) => return,
+                // Nor does a process that was stopped meanwhile.
+                Err(RecvTimeoutError::Timeout) if cpu_seconds().is_some_and(|now| now - cpu < SPINS.as_secs_f64() / 4.0) => {}
                 Err(RecvTimeoutError::Timeout) => break,
             }
         }
