@@ -103,6 +103,9 @@ enum Command {
         /// Only this sequence: names of operations, separated by commas.
         #[arg(long)]
         sequence: Option<String>,
+        /// Only this variant, counted from 1.
+        #[arg(long)]
+        variant: Option<usize>,
     },
 }
 
@@ -256,7 +259,9 @@ fn main() -> ExitCode {
     let fine = match Args::parse().command {
         Command::Run { seeds, jobs, seconds } => run_command(seeds, jobs, seconds.map(Duration::from_secs)),
         Command::Replay { seed, trace, fault, no_shrink } => with_fault(fault, |fault| replay_command(seed, trace, fault, !no_shrink)),
-        Command::Exhaustive { depth, jobs, fault, sequence } => with_fault(fault, |fault| small::command(depth, jobs, fault, sequence.as_deref())),
+        Command::Exhaustive { depth, jobs, fault, sequence, variant } => {
+            with_fault(fault, |fault| small::command(depth, jobs, fault, sequence.as_deref(), variant))
+        }
         Command::FaultLoop { choice, jobs, fault } => with_fault(fault, |fault| fault_loop::command(&choice, fault, jobs)),
         Command::Determinism { seeds } => determinism_command(seeds),
         Command::Faults { ranges, seconds, start, jobs, only } => {

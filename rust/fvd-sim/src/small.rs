@@ -9,8 +9,8 @@ use std::io::IsTerminal;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Every sequence of up to `depth` letters, or only `sequence`. False if any fails.
-pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&str>) -> bool {
+/// Every sequence of up to `depth` letters, or only `sequence`, in all variants or in one. False if any fails.
+pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&str>, variant: Option<usize>) -> bool {
     let letters = match sequence.map(parse).transpose() {
         Ok(letters) => letters,
         Err(text) => {
@@ -18,10 +18,18 @@ pub fn command(depth: u32, jobs: usize, fault: Option<Fault>, sequence: Option<&
             return false;
         }
     };
-    println!("alphabet of {} operations, up to {depth} of them: {} sequences in each of {} variants", ALPHABET.len(), sequences(depth), VARIANTS.len());
+    let variants = match variant {
+        None => &VARIANTS[..],
+        Some(number) if (1..=VARIANTS.len()).contains(&number) => &VARIANTS[number - 1..number],
+        Some(number) => {
+            eprintln!("there is no variant {number}, only 1 to {}", VARIANTS.len());
+            return false;
+        }
+    };
+    println!("alphabet of {} operations, up to {depth} of them: {} sequences in each of {} variants", ALPHABET.len(), sequences(depth), variants.len());
     println!("{:<44} {:>9} {:>10} {:>12} {:>12} {:>12} {:>10}", "variant", "sequences", "cuts", "files tried", "distinct", "2nd cuts", "seconds");
     let (mut fine, mut recoveries, all, cpu) = (true, 0, Instant::now(), cpu_seconds());
-    for variant in VARIANTS {
+    for &variant in variants {
         let begun = Instant::now();
         let summary = match &letters {
             Some(letters) => run_one(variant, letters, fault),
