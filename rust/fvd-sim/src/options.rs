@@ -301,6 +301,10 @@ impl Options {
         }
         // Nor this.
         options.zeroing_is_dear = seed % 5 < if options.data_limits().grows_zeroed { 1 } else { 3 };
+        // Nor this: small requests in many short sessions that the power ends, so that growth steps are cut short.
+        if seed % 7 == 5 && chunk_size > 0 && crowd == Crowd::None && options.data_limits().grows_zeroed {
+            (options.step_chunks, options.small_percent, options.cut_percent, options.requests, options.sessions) = (4, 100, 100, 20, 12);
+        }
         // Reads by lookups while all chunks are given away and taken again.
         if crowd == Crowd::Chunks && base != BaseIs::None && p.chance(40) {
             options.weights[Kind::Empty as usize] = 8;
