@@ -5,7 +5,7 @@ use crate::error::{Error, Kind, Result};
 use crate::executor::Queue;
 use crate::host::{FileId, Host, HostOp, OpKind, OwnBuf, Segment};
 use crate::image::faulty;
-use fvd_format::header::{HEADER_OFFSETS, REGIONS_START};
+use fvd_format::header::UNUSED_PAGE;
 use fvd_format::limits::PAGE_SIZE;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -102,10 +102,8 @@ impl<H: Host> Queue<H> {
     /// Finds out whether zeroing is dear, if the host promised otherwise: in the reserved space between
     /// the header's copies and the regions.
     pub(crate) async fn probe_zeroing(self: &Rc<Self>) -> Result<()> {
-        const RESERVED: u64 = 192 << 10;
-        const { assert!(HEADER_OFFSETS[1] + PAGE_SIZE as u64 <= RESERVED && RESERVED + PAGE_SIZE as u64 <= REGIONS_START) };
         if !self.image().zeroing_is_dear() && self.image().data_file() == FileId::Image {
-            self.zero_cheaply(FileId::Image, RESERVED, PAGE_SIZE as u64).await?;
+            self.zero_cheaply(FileId::Image, UNUSED_PAGE, PAGE_SIZE as u64).await?;
         }
         Ok(())
     }

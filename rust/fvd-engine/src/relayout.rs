@@ -92,7 +92,7 @@ impl<H: Host> Queue<H> {
         let header = image.header();
         let counted = base_length.min(header.virtual_size);
         // What the bitmap says to be zero would be taken for the longer base's.
-        if header.pristine || counted <= header.covered || header.zero_from() < header.covered {
+        if header.pristine || counted <= header.covered || header.has_zero_bits() {
             return Ok(());
         }
         self.rebuild(Fill::Keep, 0, |header| {
@@ -255,7 +255,7 @@ impl<H: Host> Queue<H> {
         image.check_capacity(new)?;
         self.load_blocks(0, old.blocks()).await?;
         let block = u64::from(old.block_size);
-        if old.zero_from() < old.covered {
+        if old.has_zero_bits() {
             // There the base ends as before, and bits say of the rest that it is zero.
             return Ok(());
         }
@@ -539,7 +539,7 @@ impl Image {
 /// What the bits say of blocks that the bitmap did not cover before: those that it may be told of are zero
 /// where others are told so, too.
 fn added_bits(old: &Header) -> bool {
-    old.zero_from() >= old.covered
+    !old.has_zero_bits()
 }
 
 /// Length of a region's content in bits.

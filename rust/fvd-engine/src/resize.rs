@@ -193,7 +193,7 @@ impl<H: Host> Queue<H> {
             return fail(Kind::OutOfRange, format!("size {size} needs {chunks} chunks of {} bytes, at most {CHUNKS_MAX} fit", header.chunk_size));
         }
         self.zero_rest_of_chunk(header).await?;
-        if header.zero_from() < header.covered && header.covered == header.virtual_size {
+        if header.has_zero_bits() && header.covered == header.virtual_size {
             let grown = self.rebuild(Fill::Keep, 0, |header| (header.virtual_size, header.covered) = (size, size)).await;
             match grown {
                 // Then chunks that are added are zeroed when they get storage.

@@ -396,16 +396,20 @@ impl<H: Host> Queue<H> {
             let header = image.header();
             (header.chunk_offset(start), (end - start) * u64::from(header.chunk_size))
         };
-        let zeroed = if image.has_zero_bits() {
-            self.zero_cheaply(image.data_file(), offset, len).await
-        } else {
-            self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), offset, len)).await.map(|_| true)
-        };
-        match zeroed {
+        match self.zero_unused(offset, len, image.has_zero_bits()).await {
             Ok(true) => faulty!(image, FreshNotSynced) || self.sync_data().await.is_ok(),
             // They are zeroed one by one when they are handed out, and fail there; or bits say what is zero.
             Ok(false) | Err(_) => false,
         }
+    }
+
+    /// Zeroes storage that nobody uses; with `if_cheap`, false where that is dear.
+    async fn zero_unused(self: &Rc<Self>, offset: u64, len: u64, if_cheap: bool) -> Result<bool> {
+        let file = self.image().data_file();
+        if if_cheap {
+            return self.zero_cheaply(file, offset, len).await;
+        }
+        self.op(bare(OpKind::WriteZeroes { may_unmap: true }, file, offset, len)).await.map(|_| true)
     }
 
     /// Opens the next growth step in the background when the current run is nearly used up, so that no
@@ -472,13 +476,7 @@ impl<H: Host> Queue<H> {
         if from < length && (!image.zeroing_is_dear() || limits.grows_zeroed) {
             // Whatever lies behind the reach is not ours, or was never recorded.
             let len = ceil(length, PAGE_SIZE as u64).min(to) - from;
-            fresh = if faulty!(image, StepNotZeroed) {
-                true
-            } else if image.has_zero_bits() && !limits.grows_zeroed {
-                self.zero_cheaply(image.data_file(), from, len).await?
-            } else {
-                self.op(bare(OpKind::WriteZeroes { may_unmap: true }, image.data_file(), from, len)).await.map(|_| true)?
-            };
+            fresh = faulty!(image, StepNotZeroed) || self.zero_unused(from, len, image.has_zero_bits() && !limits.grows_zeroed).await?;
         }
         if faulty!(image, StepBehindFile) && limits.grows_zeroed {
             self.op(bare(OpKind::Truncate, image.data_file(), length.max(from) + (to - from), 0)).await?;

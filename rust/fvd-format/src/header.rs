@@ -24,6 +24,10 @@ pub const VERSION: u32 = 2;
 pub const HEADER_OFFSETS: [u64; 2] = [4096, 128 << 10];
 /// First byte that regions may use.
 pub const REGIONS_START: u64 = 256 << 10;
+/// A page that no structure uses, between header copy 2 and the regions, in no write granule of theirs: reserved
+/// bytes, so zero (FMT-2).
+pub const UNUSED_PAGE: u64 = 192 << 10;
+const _: () = assert!(HEADER_OFFSETS[1] + PAGE_SIZE as u64 <= UNUSED_PAGE && UNUSED_PAGE + PAGE_SIZE as u64 <= REGIONS_START);
 /// `base_length` when it is not known.
 pub const BASE_LENGTH_UNKNOWN: u64 = u64::MAX;
 
@@ -339,6 +343,11 @@ impl Header {
         self.base_length.checked_next_multiple_of(u64::from(self.block_size).max(1)).map_or(self.covered, |end| end.min(self.covered))
     }
 
+    /// Whether there is anything from [`Header::zero_from`] on.
+    pub fn has_zero_bits(&self) -> bool {
+        self.zero_from() < self.covered
+    }
+
     /// Whether storage is allocated by the lookup table.
     pub fn is_compact(&self) -> bool {
         self.incompatible & incompatible::COMPACT != 0
@@ -604,7 +613,7 @@ impl Header {
             return Err(FormatError::invalid("block size", format!("{} is no power of two from 4096 to 2097152", self.block_size)));
         }
         // The block that holds the base's end is covered whole; of a compact image perhaps all others too.
-        if self.covered > self.virtual_size || self.covered % SECTOR != 0 || (self.zero_from() < self.covered && !self.is_compact()) {
+        if self.covered > self.virtual_size || self.covered % SECTOR != 0 || (self.has_zero_bits() && !self.is_compact()) {
             return Err(FormatError::invalid("covered length", format!("{}", self.covered)));
         }
         Ok(())
